@@ -1,0 +1,1 @@
+"""From image folders and archives to WebDataset shards with an index."""

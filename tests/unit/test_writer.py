@@ -1,0 +1,234 @@
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from datasets_prep.errors import UserError
+from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index
+from datasets_prep.permute import key, stratified
+from datasets_prep.sources import digits, png
+from datasets_prep.sources.base import Sample, Source
+from datasets_prep.writer import PENDING_NAME, write_dataset
+from jobs.shard import estimate, shard
+from service.data.store import Store
+
+
+def made(count=300, side=40, classes=3, **splits):
+    """Noise images, about 5 KB each; `splits` maps names to counts and replaces `train`."""
+    rng = np.random.default_rng(0)
+
+    def samples(size):
+        pixels = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+        return [
+            Sample(f"{n % classes}/{n:05d}", "png", n % classes, lambda image=image: png.encode(image))
+            for n, image in enumerate(pixels)
+        ]
+
+    names = tuple(f"class {n}" for n in range(classes))
+    return Source("noise", names, {name: samples(size) for name, size in (splits or {"train": count}).items()})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "out")
+
+
+def contents(store):
+    return {name: store.get(name) for name in store.list()}
+
+
+def test_digits_have_the_published_fingerprint(store):
+    index = write_dataset(digits.open_source(), store)
+    assert {name: split.samples for name, split in index.splits.items()} == {"train": 1167, "val": 130, "test": 500}
+    assert index.image_size.median == (16, 16)
+    assert index.fingerprint == "452be525ec26c4d3"
+
+
+def test_index_and_files_agree(store):
+    source = made(train=500, test=40)
+    index = write_dataset(source, store, shard_mb=1)
+    assert Index.model_validate_json(store.get(INDEX_NAME)) == index
+    assert list(index.splits) == ["train", "val", "test"]
+    assert len(index.splits["train"].shards) == 3
+    labels = np.load(io.BytesIO(store.get(LABELS_NAME)))
+    assert labels.dtype == np.int32 and len(labels) == 540
+    original = {sample.key: sample for sample in source.splits["train"]}
+    row = 0
+    for shard_row in (each for split in ("train", "val") for each in index.splits[split].shards):
+        tar, rows = store.get(shard_row.name), np.load(io.BytesIO(store.get(shard_row.sidecar)))
+        assert len(tar) == shard_row.bytes <= 1 << 20 and len(rows) == shard_row.samples
+        for each in rows:
+            sample = original.pop(each["key"].decode())
+            image, label = (tar[at : at + size] for at, size in zip(each["offset"], each["size"], strict=True))
+            assert image == sample.load() and int(label) == sample.label == labels[row]
+            row += 1
+    assert not original and row == index.label_slice("test").start
+
+
+def test_order_is_global_and_val_is_stratified(store):
+    index = write_dataset(made(300), store)
+    labels = np.load(io.BytesIO(store.get(LABELS_NAME)))
+    assert np.bincount(labels[index.label_slice("val")]).tolist() == [10, 10, 10]
+    train = labels[index.label_slice("train")]
+    changes = np.count_nonzero(np.diff(train)) / len(train)  # 2/3 in random order, 2/270 sorted
+    assert changes == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_equal_arguments_give_equal_bytes(store):
+    write_dataset(made(), store.sub("a"))
+    write_dataset(made(), store.sub("b"))
+    write_dataset(made(), store.sub("c"), seed=1)
+    assert contents(store.sub("a")) == contents(store.sub("b"))
+    assert contents(store.sub("a"))[LABELS_NAME] != contents(store.sub("c"))[LABELS_NAME]
+
+
+def test_webdataset_and_tarfile_read_the_shards(store):
+    webdataset = pytest.importorskip("webdataset")
+    source = made(60)
+    index = write_dataset(source, store, val_share=0.5)
+    name = str(store.local_path / index.splits["train"].shards[0].name)
+    read = list(webdataset.WebDataset(name, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls"))
+    original = {sample.key: sample for sample in source.splits["train"]}
+    assert len(read) == 30
+    for key_, image, label in read:
+        np.testing.assert_array_equal(np.asarray(image), _pixels(original[key_].load()))
+        assert label == original[key_].label
+    with tarfile.open(name) as archive:
+        members = archive.getmembers()
+    assert len(members) == 60 and {(member.mtime, member.uid, member.mode) for member in members} == {(0, 0, 0o644)}
+
+
+def _pixels(data):
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_unlabelled_split_has_no_cls(store):
+    source = made(train=20, unlabelled=10)
+    source.splits["unlabelled"][:] = [dataclasses.replace(each, label=-1) for each in source.splits["unlabelled"]]
+    index = write_dataset(source, store)
+    assert index.splits["unlabelled"].fields == ("png",) and index.splits["train"].fields == ("png", "cls")
+    assert np.load(io.BytesIO(store.get(LABELS_NAME)))[index.label_slice("unlabelled")].tolist() == [-1] * 10
+
+
+def test_bad_samples_are_all_counted_and_nothing_looks_complete(store):
+    source = made(50)
+    whole = source.splits["train"][0].load()
+    for position, data in ((3, b"text"), (7, whole[: len(whole) // 2]), (9, b"GIF89a"), (11, b"")):
+        source.splits["train"][position] = dataclasses.replace(
+            source.splits["train"][position], load=lambda data=data: data
+        )
+    with pytest.raises(UserError, match=r"noise: 4 of 50 samples are not whole PNG or JPEG images \(.*00003.png"):
+        write_dataset(source, store)
+    assert not store.exists(INDEX_NAME)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        (made(train=10, test=0), {}, "no images in test"),
+        (Source("void", (), {}), {}, "no images in any split"),
+        (made(4), {}, "val_share=0.1 of 4 train images leaves one of train and val empty"),
+        (made(4), {"val_share": 1.0}, "val_share=1.0"),
+        (made(4), {"shard_mb": 0}, "shard_mb=0 must be at least 1"),
+    ],
+)
+def test_impossible_requests(store, source, arguments, message):
+    with pytest.raises(UserError, match=message):
+        write_dataset(source, store, **arguments)
+    assert store.list() == []
+
+
+def test_a_key_too_long_for_a_tar(store):
+    source = made(20)
+    source.splits["train"][5] = dataclasses.replace(source.splits["train"][5], key="k" * 120)
+    with pytest.raises(UserError, match="kkk.png: name is too long for a tar"):
+        write_dataset(source, store)
+
+
+def test_the_same_data_set_is_left_alone(store):
+    index = write_dataset(made(), store)
+    before = {name: (store.local_path / name).stat().st_mtime_ns for name in store.list()}
+    assert write_dataset(made(), store) == index
+    assert {name: (store.local_path / name).stat().st_mtime_ns for name in store.list()} == before
+
+
+@pytest.mark.parametrize("arguments", [{"seed": 1}, {"val_share": 0.2}, {"shard_mb": 1}])
+def test_another_data_set_is_not_overwritten(store, arguments):
+    write_dataset(made(), store)
+    before = contents(store)
+    with pytest.raises(UserError, match=f"{store.uri} already holds a different data set"):
+        write_dataset(made(), store, **arguments)
+    assert contents(store) == before
+
+
+def test_foreign_shards_are_not_overwritten(store):
+    store.put("train/shard-000000.tar", b"somebody's")
+    with pytest.raises(UserError, match="1 files like train/shard-000000.tar without index.json"):
+        write_dataset(made(), store)
+    assert store.list() == ["train/shard-000000.tar"]
+
+
+_WRITER = """
+import sys, time
+from service.data.store import Store
+from tests.unit.test_writer import made, write_dataset
+
+def slowly(done, total):
+    if done == 250:
+        print("writing", flush=True)
+        time.sleep(60)
+
+write_dataset(made(), Store(sys.argv[1]), seed=5, shard_mb=1, progress=slowly)
+"""
+
+
+def test_a_killed_writer_leaves_no_index_and_is_cleared_away(store, tmp_path):
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, store.uri], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "writing\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert store.list() == [PENDING_NAME, "train/shard-000000.npy", "train/shard-000000.tar"]
+    store.put("train/shard-000007.tar", b"of a run with smaller shards")
+    write_dataset(made(), store)
+    clean = Store(tmp_path / "clean")
+    write_dataset(made(), clean)
+    assert contents(store) == contents(clean)
+
+
+def test_stratified_keeps_shares_and_count():
+    labels = np.repeat([0, 1, 2], [70, 20, 11])
+    chosen = stratified(key(0), labels, 10)
+    assert np.bincount(labels[chosen]).tolist() == [7, 2, 1]
+    assert stratified(key(0), labels, 101).all() and not stratified(key(0), labels, 0).any()
+    assert (stratified(key(1), labels, 10) != chosen).any()
+
+
+def test_shard_and_its_estimate(store):
+    planned = estimate("digits", store.uri)
+    assert store.list() == [] and not planned.occupied
+    said = []
+    index = shard("digits", store.uri, say=said.append)
+    assert said == []
+    assert planned.samples == {name: split.samples for name, split in index.splits.items()}
+    rows = [row for split in index.splits.values() for row in split.shards]
+    assert planned.shards == len(rows) and planned.classes == 10
+    assert planned.bytes == pytest.approx(sum(row.bytes for row in rows), rel=0.01)
+    shard("digits", store.uri, say=said.append)
+    assert said == [f"{store.uri} already holds this data set, fingerprint {index.fingerprint}: nothing written"]
+    assert json.loads(store.get(INDEX_NAME))["name"] == "digits"
+    assert estimate("digits", store.uri).occupied
+
+
+def test_unknown_source(store):
+    with pytest.raises(UserError, match="source 'mnist' is unknown: choose one of cifar10, digits, imagefolder"):
+        shard("mnist", store.uri)

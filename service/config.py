@@ -1,0 +1,311 @@
+"""Every setting of a run: one frozen tree, read from a recipe and dotted overrides, validated once.
+
+One dotted name (`family.loss.std`) is the YAML path, the command-line override, the sweep key and the
+MLflow parameter. This module imports neither torch nor ray, so that a config error costs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?) (steps|epochs|minutes)")
+
+
+def _check_interval(text: str) -> str:
+    match = _INTERVAL.fullmatch(text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError("must be a positive number and a unit, such as '10 steps', '5 epochs' or '2.5 minutes'")
+    return text
+
+
+def _check_step_interval(text: str) -> str:
+    if _check_interval(text).endswith("minutes"):
+        raise ValueError("must be in steps or epochs, such as '10 steps': all ranks take part, and their clocks differ")
+    return text
+
+
+Interval = Annotated[str, AfterValidator(_check_interval)]
+StepInterval = Annotated[str, AfterValidator(_check_step_interval)]
+
+
+def parse_interval(text: str) -> tuple[float, Literal["steps", "epochs", "minutes"]]:
+    """Split `'5 epochs'` into `(5.0, 'epochs')`."""
+    amount, unit = _check_interval(text).split()
+    return float(amount), unit  # pyright: ignore[reportReturnType]  (the pattern allows these units only)
+
+
+def _ordered(low_high: Range, name: str) -> None:
+    if low_high[0] > low_high[1]:
+        raise ValueError(f"{name}={low_high} must be (low, high) with low ≤ high: swap the two values")
+
+
+class Frozen(BaseModel):
+    """Base of every config type: immutable, unknown keys are errors, defaults are validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Augment(Frozen):
+    """Random view of an image; probabilities in [0, 1], colour strengths as in torchvision's ColorJitter."""
+
+    crop_scale: Range = Field((0.2, 1.0), description="area of the random crop, as a share of the image")
+    crop_ratio: Range = Field((3 / 4, 4 / 3), description="aspect ratio of the crop, drawn log-uniformly")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="largest rotation in degrees, either way")
+    shear: Annotated[float, Field(ge=0, le=60)] = Field(
+        0.0, description="largest horizontal shear in degrees, either way"
+    )
+    jitter: Fraction = Field(0.8, description="probability of the colour jitter")
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    grey: Fraction = Field(0.2, description="probability of dropping colour")
+    blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
+    blur_sigma: Range = Field((0.1, 2.0), description="standard deviation of the blur in pixels")
+    solarize: Fraction = Field(0.1, description="probability of inverting the pixels above one half")
+
+    @model_validator(mode="after")
+    def _check(self) -> Augment:
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            _ordered(getattr(self, name), name)
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale={self.crop_scale} must stay ≤ 1: a crop cannot exceed its image")
+        return self
+
+
+class Data(Frozen):
+    """Where the samples come from and how they become batches."""
+
+    uri: str = Field(min_length=1, description="folder or s3:// address that `tessera shard` wrote")
+    train_split: str = "train"
+    val_split: str = Field("val", description="split that chooses: champion, best snapshots, sweeps")
+    test_split: str = Field("test", description="split that is reported once, at the end")
+    image_size: Annotated[int, Field(ge=8)] = Field(32, description="side of the square views in pixels")
+    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="samples of one global step, over all workers")
+    partitions: Count = Field(64, description="canonical partitions of the plan, lowered until they divide the batch")
+    window: Count = Field(4096, description="samples of one partition that are shuffled together")
+    mode: Literal["auto", "resident", "stream"] = Field("auto", description="resident: decode once into memory")
+    resident_gb: Positive = Field(4.0, description="largest decoded training split that `auto` keeps in memory, in GB")
+    cache_gb: Positive = Field(20.0, description="byte budget of a node's shard cache, in GB")
+    workers: Count = Field(2, description="processes that decode images in parallel")
+    augment: Augment = Augment()  # pyright: ignore[reportCallIssue]
+
+
+class ResNet(Frozen):
+    """Residual network (He et al. 2015)."""
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[10, 18, 34, 50] = 18
+    width: Count = Field(64, description="channels of the first stage; each later stage doubles them")
+    stem: Literal["32px", "64px", "224px"] = Field(
+        "32px", description="images it is for: 3×3 convolution, 3×3 of stride 2, 7×7 of stride 2 and max-pool"
+    )
+    norm: Literal["batch", "group"] = "batch"
+
+
+class ViT(Frozen):
+    """Vision transformer (Dosovitskiy et al. 2020) as built by timm, mean-pooled over its patches."""
+
+    kind: Literal["vit"] = "vit"
+    size: Literal["tiny", "small"] = "tiny"
+    patch_size: Count = 4
+
+
+Encoder = Annotated[ResNet | ViT, Field(discriminator="kind")]
+
+
+class Projector(Frozen):
+    """MLP between the representation and the loss."""
+
+    layers: Count = Field(3, description="linear layers; all but the last are followed by norm and ReLU")
+    hidden: Count = 2048
+    output: Annotated[int, Field(ge=2)] = 2048
+    norm: Literal["batch", "layer"] = "batch"
+
+
+class VicregLoss(Frozen):
+    """Variance-invariance-covariance regularisation (Bardes, Ponce and LeCun 2022, eq. 1–6)."""
+
+    kind: Literal["vicreg"] = "vicreg"
+    inv: NonNegative = Field(25.0, description="weight of the invariance term")
+    std: NonNegative = Field(25.0, description="weight of the variance term")
+    cov: NonNegative = Field(1.0, description="weight of the covariance term")
+    gamma: Positive = Field(1.0, description="standard deviation that the variance term asks for")
+    cov_norm: Literal["paper", "offdiag_mean"] = Field(
+        description="divisor of the squared off-diagonal covariances: D, or D(D−1) as in eb_jepa"
+    )
+
+
+class ImageVicreg(Frozen):
+    """Joint embedding of two augmented views of an image."""
+
+    kind: Literal["image_vicreg"] = "image_vicreg"
+    encoder: Encoder = ResNet()  # pyright: ignore[reportCallIssue]
+    projector: Projector = Projector()  # pyright: ignore[reportCallIssue]
+    loss: VicregLoss
+
+
+class Lars(Frozen):
+    """Layer-wise adaptive rates over momentum SGD (You, Gitman and Ginsburg 2017)."""
+
+    kind: Literal["lars"] = "lars"
+    lr: Positive = 0.3
+    weight_decay: NonNegative = 1e-4
+    momentum: Fraction = 0.9
+    trust: Positive = Field(0.02, description="trust coefficient η")
+    clip_lr: bool = Field(True, description="never adapt a layer's rate above lr")
+    clip_norm: Positive | None = Field(None, description="largest global gradient norm")
+
+
+class Sgd(Frozen):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Positive = 0.1
+    weight_decay: NonNegative = 1e-4
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    clip_norm: Positive | None = None
+
+
+class AdamW(Frozen):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_norm: Positive | None = None
+
+
+Optim = Annotated[Lars | Sgd | AdamW, Field(discriminator="kind")]
+
+
+class Schedule(Frozen):
+    """Length of the run; learning rate by linear warm-up, then cosine to `min_lr`, stepped every step."""
+
+    epochs: Positive = 50.0
+    steps: Count | None = Field(None, description="length in steps; overrides `epochs`")
+    warmup_epochs: NonNegative = 5.0
+    start_lr: NonNegative = Field(3e-5, description="rate of the first step")
+    min_lr: NonNegative = Field(0.0, description="rate that the cosine ends in")
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        return self.steps or max(1, round(self.epochs * steps_per_epoch))
+
+
+class Compute(Frozen):
+    """Device and arithmetic of a worker."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp64"] = Field("bf16", description="bf16 is autocast over fp32 weights")
+    channels_last: bool = True
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    threads: Count | None = Field(None, description="CPU threads of a worker; none leaves torch's choice")
+    deterministic: bool = Field(False, description="refuse operations whose results vary from run to run")
+
+
+class Parallel(Frozen):
+    """Workers of a run; each takes an equal slice of every global batch."""
+
+    kind: Literal["ddp"] = "ddp"
+    workers: Count = 1
+    cpus_per_worker: Positive = Field(1.0, description="CPUs that Ray reserves for a worker")
+    sync_batchnorm: bool = Field(False, description="batch-norm statistics over all workers, not each worker's own")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="restarts after a lost worker")
+
+
+class Eval(Frozen):
+    """Frozen-feature evaluation: linear probe and k-NN, beside raw pixels and the encoder at random weights."""
+
+    every: StepInterval | None = Field(None, description="validation probe during training; none: only at the end")
+    weight_ema: Fraction | None = Field(None, description="momentum of the averaged weights that are evaluated")
+    batch_size: Count = Field(256, description="images of one feature-extraction batch in a worker")
+    probe_c: Positive = Field(1.0, description="inverse L2 strength of the probe, as in scikit-learn")
+    knn_k: Count = 20
+    knn_temperature: Positive = 0.07
+    labels_per_class: tuple[Count, ...] = Field((), description="few-label probes to report, such as [1, 5, 10]")
+    label_draws: Annotated[int, Field(ge=2)] = Field(100, description="label draws that few-label probes average")
+
+
+class Checkpoint(Frozen):
+    """Full training state for resuming, and snapshots of the encoder alone."""
+
+    every: Interval = "5 minutes"
+    keep_last: Count = 2
+    snapshot_every: Interval | None = Field(None, description="keep the encoder's weights this often")
+
+
+class Tracking(Frozen):
+    """What MLflow is told."""
+
+    experiment: str = "tessera"
+    model: str | None = Field(None, description="registered model name; none takes the recipe's name")
+    log_every: StepInterval = "10 steps"
+
+
+class RunConfig(Frozen):
+    """Everything that decides what a run computes."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="recipe name; first part of the run's name")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    repeat: Annotated[int, Field(ge=0)] = Field(0, description="number of a repetition; changes the run's name alone")
+    data: Data
+    family: ImageVicreg
+    optim: Optim = Lars()  # pyright: ignore[reportCallIssue]
+    schedule: Schedule = Schedule()  # pyright: ignore[reportCallIssue]
+    compute: Compute = Compute()  # pyright: ignore[reportCallIssue]
+    parallel: Parallel = Parallel()  # pyright: ignore[reportCallIssue]
+    eval: Eval = Eval()  # pyright: ignore[reportCallIssue]
+    checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
+    tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        workers, batch = self.parallel.workers, self.data.batch_size
+        if batch % workers:
+            near = max(workers, round(batch / workers) * workers)
+            raise ValueError(
+                f"data.batch_size={batch} is not divisible by parallel.workers={workers}: use batch_size={near}"
+            )
+        partitions = canonical_partitions(self.data.partitions, batch)
+        if partitions % workers:
+            raise ValueError(
+                f"parallel.workers={workers} must divide the {partitions} canonical partitions "
+                f"(data.partitions={self.data.partitions} lowered until it divides data.batch_size={batch}): "
+                "use a number of workers that divides them"
+            )
+        encoder = self.family.encoder
+        if isinstance(encoder, ViT) and self.data.image_size % encoder.patch_size:
+            raise ValueError(
+                f"family.encoder.patch_size={encoder.patch_size} does not divide data.image_size={self.data.image_size}"
+            )
+        if self.schedule.min_lr > self.optim.lr or self.schedule.start_lr > self.optim.lr:
+            raise ValueError(
+                f"schedule.start_lr={self.schedule.start_lr} and schedule.min_lr={self.schedule.min_lr} "
+                f"must not exceed optim.lr={self.optim.lr}: raise optim.lr or lower them"
+            )
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Return the whole tree as JSON-ready plain values, every default written out."""
+        return self.model_dump(mode="json")
+
+
+def canonical_partitions(wanted: int, batch_size: int) -> int:
+    """Lower `wanted` until it divides `batch_size`; at least 1."""
+    return next(p for p in range(min(wanted, batch_size), 0, -1) if batch_size % p == 0)

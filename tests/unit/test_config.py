@@ -1,0 +1,175 @@
+import ast
+import json
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from torch.optim import SGD, AdamW
+
+from datasets_prep.errors import UserError
+from jobs import recipes
+from service.config import RunConfig, parse_interval
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_loads_and_states_its_covariance_divisor(name):
+    config = recipes.load(name)
+    assert config.name == name
+    assert recipes.describe(name)
+    assert "cov_norm" in (recipes.RECIPES / f"{name}.yaml").read_text()
+
+
+def test_rapid_and_long_hold_the_guide_values():
+    rapid, long = recipes.load("rapid"), recipes.load("long")
+    assert (rapid.data.batch_size, rapid.data.workers, rapid.seed) == (512, 16, 42)
+    assert (rapid.family.encoder.depth, rapid.family.encoder.stem) == (18, "32px")
+    assert (rapid.family.projector.hidden, rapid.family.projector.output) == (4096, 4096)
+    loss = rapid.family.loss
+    assert (loss.inv, loss.std, loss.cov) == (1.0, 25.0, 1.0)
+    assert (rapid.optim.kind, rapid.optim.lr, rapid.optim.weight_decay) == ("lars", 0.5, 1e-4)
+    schedule = rapid.schedule
+    assert (schedule.epochs, schedule.warmup_epochs, schedule.start_lr, schedule.min_lr) == (50, 5, 3e-5, 0)
+    assert (rapid.compute.precision, rapid.compute.device) == ("bf16", "auto")
+    assert (rapid.tracking.log_every, rapid.checkpoint.snapshot_every) == ("5 epochs", "50 epochs")
+    assert (long.optim.lr, long.schedule.epochs, long.data.batch_size) == (0.3, 800, 512)
+    differing = {"name", "optim", "schedule"}
+    assert {k for k, v in rapid.plain().items() if long.plain()[k] != v} == differing
+
+
+def test_a_kind_clears_its_siblings_and_partial_overrides_keep_them():
+    kept = recipes.load("rapid", ["optim.lr=0.1"]).optim
+    assert (kept.kind, kept.lr, kept.trust) == ("lars", 0.1, 0.02)
+    changed = recipes.load("rapid", ["optim.kind=adamw", "optim.lr=1e-3"]).optim
+    assert (changed.kind, changed.lr, changed.weight_decay) == ("adamw", 1e-3, 0.05)
+    assert recipes.load("rapid", ["family.encoder.kind=vit"]).family.encoder.size == "tiny"
+
+
+def test_all_errors_come_at_once_with_the_nearest_names():
+    bad = ["data.batchsize=3", "optim.lr=-1", "family.encoder.depht=3", "famly.kind=x", "nonsense", "optim.trust=abc"]
+    with pytest.raises(UserError) as error:
+        recipes.load("rapid", bad)
+    text = str(error.value)
+    assert text.startswith("6 errors in the config of recipe 'rapid'")
+    for part in (
+        "data.batchsize is no setting: did you mean 'batch_size'?",
+        "optim.lr=-1: Input should be greater than 0",
+        "family.encoder.depht is no setting: did you mean 'depth'?",
+        "famly is no setting: did you mean 'family'?",
+        "'nonsense' is no override: write key.sub=value",
+        "optim.trust='abc'",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("parallel.workers=3", "data.batch_size=512 is not divisible by parallel.workers=3: use batch_size=513"),
+        ("data.partitions=3", "parallel.workers=4 must divide the 2 canonical partitions"),
+        ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'sgd', 'adamw'"),
+        ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),
+        ("data.augment.crop_scale=[0.1,1.5]", "a crop cannot exceed its image"),
+        ("schedule.min_lr=9", "must not exceed optim.lr"),
+        ("tracking.log_every=3 minutes", "in steps or epochs"),
+        ("checkpoint.every=0 steps", "positive number and a unit"),
+        ("family.loss={}", "did not"),
+    ],
+)
+def test_impossible_values_name_the_fix(override, message):
+    overrides = [override] + (["parallel.workers=4"] if "partitions" in override else [])
+    if override == "family.loss={}":
+        assert recipes.load("rapid", overrides).family.loss.std == 25.0  # an empty change changes nothing
+        return
+    with pytest.raises(UserError, match="1 error") as error:
+        recipes.load("rapid", overrides)
+    assert message in str(error.value)
+
+
+def test_vit_patches_must_tile_the_image():
+    with pytest.raises(UserError, match="patch_size=5 does not divide data.image_size=32"):
+        recipes.load("rapid", ["family.encoder.kind=vit", "family.encoder.patch_size=5"])
+
+
+def test_unknown_recipes_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="unknown recipe 'rapd': did you mean 'rapid'"):
+        recipes.load("rapd")
+    with pytest.raises(UserError, match="no recipe file"):
+        recipes.load(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        recipes.load(str(broken))
+
+
+def test_a_resolved_config_is_a_recipe_file(tmp_path):
+    config = recipes.load("demo", ["seed=7"])
+    (tmp_path / "run.json").write_text(json.dumps(config.plain()))
+    assert recipes.load(str(tmp_path / "run.json")) == config
+    (tmp_path / "run.yaml").write_text(recipes.to_yaml(config))
+    assert recipes.load(str(tmp_path / "run.yaml")) == config
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValidationError):
+        recipes.load("demo").seed = 1
+
+
+def test_the_schema_describes_every_setting():
+    schema = json.loads(recipes.schema())
+    assert schema["properties"]["data"]["$ref"].endswith("/Data")
+    assert {"Lars", "Sgd", "AdamW", "ResNet", "ViT", "VicregLoss"} <= set(schema["$defs"])
+
+
+def test_intervals():
+    assert parse_interval("2.5 minutes") == (2.5, "minutes")
+    for bad in ("5", "5 days", "-1 steps", "0 epochs", "five steps"):
+        with pytest.raises(ValueError):
+            parse_interval(bad)
+
+
+def config_leaves(model, found):
+    """(config type, field) of every leaf below a type."""
+    for name, field in model.model_fields.items():
+        variants = recipes._variants(field.annotation)
+        for variant in variants:
+            config_leaves(variant, found)
+        if not variants:
+            found.setdefault(name, set()).add(model.__name__)
+    return found
+
+
+def names_read(paths):
+    """Attribute names, keyword parameters and string constants that code outside the config module mentions."""
+    read = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.arg):
+                read.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    return read
+
+
+def test_every_setting_is_read_somewhere():
+    sources = [p for room in ("service", "jobs") for p in (ROOT / room).rglob("*.py") if p.name != "config.py"]
+    passed_on = {name for kind in (SGD, AdamW) for name in signature(kind).parameters}  # by `build_optimizer`
+    read = names_read(sources) | passed_on
+    leaves = config_leaves(RunConfig, {})
+    assert len(leaves) > 70
+    unread = {f"{'/'.join(sorted(owners))}.{name}" for name, owners in leaves.items() if name not in read}
+    assert unread - {"RunConfig.repeat"} == set()  # `repeat` only changes the run's name: test_package checks that
+
+
+def test_help_and_configs_import_nothing_heavy():
+    code = (
+        "import sys, jobs.cli, jobs.recipes as r; r.load('demo'); print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"

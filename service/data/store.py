@@ -1,0 +1,199 @@
+"""Objects at an address: a folder, `s3://bucket/prefix`, or whatever else obstore reads. Every write goes through here.
+
+Retries, backoff with jitter, and resuming a body that broke off are obstore's own; this layer gives them one
+deadline, turns failures into errors that name the address, and leaves no way to write that could be seen half done.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, from_url
+
+from datasets_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+_PART_BYTES = 16 << 20  # S3 allows 10,000 parts: objects up to 156 GiB
+
+
+class StoreError(UserError):
+    """An object store refused or failed; the message names the address."""
+
+
+class NotFound(StoreError):
+    """No such object, bucket or folder."""
+
+
+class AccessDenied(StoreError):
+    """Credentials missing, wrong, or without the right to do this."""
+
+
+class StoreUnavailable(StoreError):
+    """No proper answer before the deadline."""
+
+
+class Store:
+    """Objects below one address; names are relative to it and '/'-separated.
+
+    It can be pickled. A forked child cannot use its parent's store: start processes by spawn.
+    """
+
+    def __init__(self, uri: str | Path, deadline: float = 60.0):
+        """Name the store without touching it.
+
+        Args:
+            uri: folder, `file://` or object-store address such as `s3://bucket/prefix`. S3 takes endpoint and keys
+                from the usual `AWS_…` variables, keys else from boto3's chain of profiles and roles.
+            deadline: seconds after which a failing request is no longer repeated.
+        """
+        self.uri = _canonical(str(uri))
+        self.deadline = deadline
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str, float]]:
+        return Store, (self.uri, self.deadline)
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder of a store on disk, else None."""
+        return None if "://" in self.uri else Path(self.uri)
+
+    def sub(self, prefix: str) -> Store:
+        """Return the store below `prefix`."""
+        return Store(f"{self.uri}/{prefix}", self.deadline)
+
+    def get(self, name: str) -> bytes:
+        """Return a whole object, or raise `NotFound`."""
+        with self._faults(name):
+            return obstore.get(self._reading, name).bytes().to_bytes()
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is an object of this name."""
+        try:
+            with self._faults(name):
+                obstore.head(self._reading, name)
+        except NotFound:
+            return False
+        return True
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object, whole or not at all: the bytes, or the contents of a finished local file."""
+        with self._faults(name):
+            content = data if isinstance(data, Path) else bytes(data)
+            obstore.put(self._backend, name, content, chunk_size=_PART_BYTES)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object if there is none, else return False; of many that try at once, one succeeds.
+
+        After `StoreUnavailable` it may have been written: a caller that must know puts something unique into `data`.
+        """
+        try:
+            with self._faults(name):
+                obstore.put(self._backend, name, bytes(data), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the sorted names of all objects in the folder `prefix` and below."""
+        if self._is_absent:
+            return []
+        with self._faults(prefix):
+            return sorted(meta["path"] for batch in obstore.list(self._backend, prefix or None) for meta in batch)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; it is no error when there is none."""
+        with suppress(NotFound), self._faults(name):
+            obstore.delete(self._reading, name)
+
+    @property
+    def _is_absent(self) -> bool:
+        return self.local_path is not None and not self.local_path.is_dir()
+
+    @property
+    def _reading(self) -> ObjectStore:
+        if self._is_absent:  # opening the backend would make the folder
+            raise FileNotFoundError(f"there is no folder {self.uri}")
+        return self._backend
+
+    @cached_property
+    def _backend(self) -> ObjectStore:
+        if self.local_path is not None:
+            return LocalStore(self.local_path, mkdir=True, automatic_cleanup=True)
+        deadline = timedelta(seconds=self.deadline)
+        retry: RetryConfig = {"max_retries": 10_000, "retry_timeout": deadline}  # the count never ends them
+        if urlsplit(self.uri).scheme not in ("s3", "s3a"):
+            return from_url(self.uri, retry_config=retry)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        http: ClientConfig = {"allow_http": endpoint.startswith("http://")}
+        return from_url(self.uri, retry_config=retry, client_options=http, credential_provider=self._profile())
+
+    def _profile(self) -> Boto3CredentialProvider | None:
+        """Credentials of boto3's chain where the environment holds none; they are fetched anew before they expire."""
+        if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ:
+            return None
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        try:
+            return Boto3CredentialProvider()
+        except (BotoCoreError, ValueError) as error:
+            fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            raise AccessDenied(f"{self.uri}: no credentials found ({error}): {fix}") from error
+
+    @contextmanager
+    def _faults(self, name: str) -> Generator[None]:
+        """Turn obstore's failures into ours; FileExistsError says that a conditional write came second."""
+        uri = f"{self.uri}/{name}".rstrip("/")
+        try:
+            yield
+        except AlreadyExistsError as error:
+            raise FileExistsError(uri) from error
+        except (BaseError, OSError) as error:
+            raise self._translated(uri, error) from error
+
+    def _translated(self, uri: str, error: Exception) -> StoreError:
+        # Listing and deleting report refusals as generic errors, so the text has to tell.
+        text = str(error)
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        reason = code[1] if code else text.split("\n")[0][:300]
+        if isinstance(error, FileNotFoundError) or re.search(r"status code: 404|NoSuchBucket", text):
+            return NotFound(f"{uri} does not exist ({reason}): check the address")
+        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+        if denied or re.search(r"status code: 40[13]|AccessDenied|os error (13|30)\b", text):
+            return AccessDenied(f"{uri}: access denied ({reason}): check the credentials and what they may do here")
+        return StoreUnavailable(
+            f"{uri}: the store failed for {self.deadline:g} s or for good ({reason}): "
+            "check that it runs, and its address (AWS_ENDPOINT_URL for S3)"
+        )
+
+
+def _canonical(uri: str) -> str:
+    """Absolute folder without `file://`, or address without a trailing slash."""
+    if "://" not in uri:
+        return os.path.abspath(Path(uri).expanduser())
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"{uri}: a file address has three slashes: file:///{parts.netloc}{parts.path}")
+        return os.path.abspath(url2pathname(parts.path))
+    try:
+        obstore.parse_scheme(uri)
+    except BaseError as error:
+        raise UserError(f"{uri}: unknown kind of address: use a folder, file://, s3:// or gs://") from error
+    if not parts.netloc:
+        raise UserError(f"{uri} names no bucket: write {parts.scheme}://bucket/prefix")
+    return uri.rstrip("/")

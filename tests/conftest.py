@@ -1,0 +1,54 @@
+"""Fixtures for every tier: real servers start once a session, real data is skipped where it is absent."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import S3, seaweedfs
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A SeaweedFS server with the private bucket `data`; two tests use different prefixes."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_env(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3]:
+    """Point the `AWS_…` variables at the server: `s3_env()` as admin, `s3_env(s3.reader)` with other keys."""
+
+    def point(keys: tuple[str, str] | None = None) -> S3:
+        for name, value in s3.env(keys).items():
+            monkeypatch.setenv(name, value)
+        return s3
+
+    return point
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data is absent: {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory):
+    """Keep decoded images and shards of tests out of the user's cache."""
+    os.environ["TESSERA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The embedded data set as shards, for reading only."""
+    from jobs.shard import shard
+
+    folder = tmp_path_factory.mktemp("digits")
+    shard("digits", str(folder))
+    return folder

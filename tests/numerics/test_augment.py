@@ -1,0 +1,169 @@
+"""Batch augmentation against torchvision's per-image transforms: same parameters, same pixels, same distribution."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+from service.config import Augment
+from service.data import augment
+from service.data.draws import hash_numpy, hash_torch, key, uniform
+
+OFF = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "solarize": 0.0}
+
+
+def pixels(count=1, side=24, seed=0):
+    """Smooth random images: neighbouring pixels are alike, as in photos."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)
+    return (smooth * 255).round().to(torch.uint8)
+
+
+def view(images, ids=None, size=None, **options):
+    config = Augment(**options)
+    ids = torch.arange(len(images)) if ids is None else ids
+    out = augment.random_view(images, ids, config=config, size=size or images.shape[-1], seed=3, epoch=1, view=0)
+    constants = augment._constants(out.device)
+    return out * constants.std + constants.mean
+
+
+def test_draws_are_the_same_bits_in_numpy_and_torch():
+    counters = np.arange(-500, 500)
+    expected = hash_numpy(key(1, 2, 3), counters)
+    np.testing.assert_array_equal(hash_torch(key(1, 2, 3), torch.tensor(counters)).numpy().view(np.uint64), expected)
+
+
+def test_draws_are_uniform_and_uncorrelated():
+    u = uniform(key(0, 1), torch.arange(200_000), 6)
+    assert u.min() >= 0 and u.max() < 1
+    assert (u.mean(0) - 0.5).abs().max() < 0.003
+    assert (u.var(0) - 1 / 12).abs().max() < 0.001
+    assert (torch.corrcoef(u.T) - torch.eye(6)).abs().max() < 0.01
+
+
+def test_a_view_depends_on_the_sample_not_on_its_batch():
+    images = pixels(8)
+    whole = view(images)
+    part = view(images[5:], torch.arange(5, 8))
+    assert torch.equal(whole[5:], part)
+    config = Augment()
+    args = {"config": config, "size": 24, "seed": 3}
+    first = augment.random_view(images, torch.arange(8), epoch=1, view=0, **args)
+    for change in ({"epoch": 2, "view": 0}, {"epoch": 1, "view": 1}):
+        assert not torch.equal(first, augment.random_view(images, torch.arange(8), **change, **args))
+
+
+def test_a_crop_equals_cut_and_interpolate():
+    image = pixels().float() / 255
+    one = torch.ones(1)
+    got = augment.resample(image, 3 * one, 5 * one, 10 * one, 14 * one, one, 0 * one, 0 * one, 24)
+    expected = F.interpolate(image[..., 3:13, 5:19], (24, 24), mode="bilinear", align_corners=False)
+    inner = (..., slice(2, -2), slice(2, -2))  # at its border a cut image repeats its edge, ours sees beyond
+    torch.testing.assert_close(got[inner], expected[inner], atol=1e-5, rtol=0)
+
+
+def test_flip_mirrors_and_rotation_turns_like_torchvision():
+    image = pixels().float() / 255
+    zero, one = torch.zeros(1), torch.ones(1)
+    flipped = augment.resample(image, zero, zero, 24 * one, 24 * one, -one, zero, zero, 24)
+    torch.testing.assert_close(flipped, image.flip(-1), atol=1e-5, rtol=0)
+    turned = augment.resample(image, zero, zero, 24 * one, 24 * one, one, torch.full((1,), np.pi / 2), zero, 24)
+    assert min((turned - image.rot90(k, (2, 3))).abs().max() for k in (1, 3)) < 1e-4
+
+
+def test_shear_slants_like_torchvision():
+    image = pixels().float() / 255
+    zero, one = torch.zeros(1), torch.ones(1)
+    slanted = augment.resample(image, zero, zero, 24 * one, 24 * one, one, zero, torch.full((1,), np.radians(20)), 24)
+    bilinear = v2.InterpolationMode.BILINEAR
+    candidates = [
+        v2.functional.affine(image, 0, [0, 0], 1, [degrees, 0], interpolation=bilinear) for degrees in (20, -20)
+    ]
+    middle = (..., slice(6, 18), slice(6, 18))
+    assert min((slanted[middle] - c[middle]).abs().max() for c in candidates) < 2e-3
+
+
+def test_crop_boxes_follow_torchvision():
+    count, size = 6000, 32
+    config = Augment(crop_scale=(0.2, 1.0))
+    draws = iter(uniform(key(5), torch.arange(count), 40).unbind(1))
+    ours = torch.stack(augment._crop_boxes(draws, config, size, size), 1).numpy()
+    torch.manual_seed(0)
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0))
+    image = torch.zeros(3, size, size)
+    params = [crop.make_params([image]) for _ in range(count)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params], float)
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.35)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.06)
+    for column in range(4):
+        a, b = (np.histogram(x[:, column], bins=8, range=(0, size + 1))[0] / count for x in (ours, theirs))
+        assert np.abs(a - b).max() < 0.03
+    np.testing.assert_allclose(np.corrcoef(ours.T), np.corrcoef(theirs.T), atol=0.06)
+
+
+def jittered(theirs, images, **options):
+    torch.manual_seed(0)
+    expected = torch.stack([theirs(image.float() / 255) for image in images])
+    got = view(images, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **OFF | {"jitter": 1.0} | options)
+    return got, expected
+
+
+@pytest.mark.parametrize(
+    "name, strength", [("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.4), ("hue", 0.1)], ids=lambda v: str(v)
+)
+def test_each_jitter_spreads_like_torchvision(name, strength):
+    others = {n: 0.0 for n in ("brightness", "contrast", "saturation", "hue")} | {name: strength}
+    image = pixels(seed=4).expand(1500, -1, -1, -1)
+    got, expected = jittered(v2.ColorJitter(**others), image, **others)
+    axes = (2, 3)
+    torch.testing.assert_close(got.mean((0, *axes)), expected.mean((0, *axes)), atol=0.012, rtol=0)
+    spread_got, spread_expected = got.mean(axes).std(0), expected.mean(axes).std(0)
+    torch.testing.assert_close(spread_got, spread_expected, atol=0.01, rtol=0.15)
+    torch.testing.assert_close(got.std(axes).mean(0), expected.std(axes).mean(0), atol=0.012, rtol=0.05)
+
+
+def test_the_default_jitter_spreads_like_torchvision():
+    images = pixels(1500, side=8, seed=7)
+    got, expected = jittered(v2.ColorJitter(0.4, 0.4, 0.2, 0.1), images)
+    for statistic in (lambda x: x.mean((0, 2, 3)), lambda x: x.std((0, 2, 3)), lambda x: x.std((2, 3)).mean(0)):
+        torch.testing.assert_close(statistic(got), statistic(expected), atol=0.015, rtol=0.05)
+    a, b = (torch.histc(x, 10, 0, 1) / x.numel() for x in (got, expected))
+    assert (a - b).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["flip", "grey", "solarize", "jitter"])
+def test_probabilities_are_kept(name):
+    image = pixels(seed=2).expand(4000, -1, -1, -1)
+    options = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)} | OFF
+    plain = view(image[:1], **options)
+    changed = (view(image, **options | {name: 0.3}) - plain).abs().amax((1, 2, 3)) > 1e-3
+    assert abs(changed.float().mean().item() - 0.3) < 0.03
+
+
+def test_grey_and_solarize_equal_torchvision():
+    image = pixels(seed=3)
+    options = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)} | OFF
+    grey = view(image, **options | {"grey": 1.0})
+    torch.testing.assert_close(grey, v2.functional.rgb_to_grayscale(image.float() / 255, 3), atol=2e-3, rtol=0)
+    solarized = view(image, **options | {"solarize": 1.0})
+    torch.testing.assert_close(solarized, v2.functional.solarize(image.float() / 255, 0.5), atol=2e-3, rtol=0)
+
+
+def test_blur_equals_torchvision():
+    image = pixels(side=40)
+    options = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)} | OFF
+    blurred = view(image, **options | {"blur": 1.0, "blur_sigma": (1.2, 1.2)})
+    expected = v2.functional.gaussian_blur(image.float() / 255, [5, 5], [1.2, 1.2])
+    torch.testing.assert_close(blurred, expected, atol=2e-3, rtol=0)
+    assert (blurred - image / 255).abs().max() > 0.01
+
+
+def test_rotation_stays_within_its_bound():
+    draws = iter(uniform(key(9), torch.arange(5000), 5).unbind(1))
+    sign, angle, shear = augment._turns(draws, Augment(rotate=15, shear=10, flip=0.5))
+    assert angle.abs().max() <= np.radians(15) and angle.abs().max() > np.radians(14.5)
+    assert shear.abs().max() <= np.radians(10) and shear.abs().max() > np.radians(9.5)
+    assert abs(torch.corrcoef(torch.stack([angle, shear]))[0, 1]) < 0.05
+    assert abs((sign < 0).float().mean().item() - 0.5) < 0.03

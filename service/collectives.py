@@ -1,0 +1,75 @@
+"""Collectives that gradients flow through, over `torch.distributed`; the identity in a single process.
+
+Convention: every rank's loss is a term whose mean over ranks is the global loss. The backward passes below
+sum over ranks, DDP then averages parameter gradients, and the result is the gradient of the global loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def world_size() -> int:
+    """Processes in the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Position in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _AllReduceSum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+class _AllGatherRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)  # gloo has no reduce-scatter
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum `x` of any shape over ranks; the gradient is summed over ranks too."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Concatenate (B, …) of every rank to (world · B, …) in rank order; B must be equal on all ranks."""
+    return x if world_size() == 1 else _AllGatherRows.apply(x)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Average a detached tensor over ranks, for reporting."""
+    if world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()

@@ -1,0 +1,1 @@
+"""Encoders and projectors: tensors and numbers in, no config objects."""

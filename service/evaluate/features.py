@@ -1,0 +1,62 @@
+"""The only feature extractor: every evaluation of an encoder, in training or after it, goes through `extract`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from service.config import Compute, Data
+from service.data.augment import resize_normalise
+from service.data.batches import sequential
+from service.data.split import DataSplit
+from service.engine.worker import Worker
+
+_RAW_SIDE = 32
+
+
+class RawPixels(nn.Module):
+    """The baseline that learns nothing: the pixels themselves, averaged down to 32×32 where there are more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten (B, 3, S, S) to (B, 3 · min(S, 32)²)."""
+        return F.adaptive_avg_pool2d(x, min(x.shape[-1], _RAW_SIDE)).flatten(1)
+
+
+@torch.inference_mode()
+def extract(
+    encoder: nn.Module, split: DataSplit, *, data: Data, compute: Compute, worker: Worker, batch_size: int
+) -> Tensor:
+    """Features of a split in sample-id order, (N, D) float32 on the CPU of every rank.
+
+    Each rank encodes one contiguous slice; every sample is encoded exactly once on any world.
+    """
+    bounds = [split.samples * r // worker.world for r in range(worker.world + 1)]
+    start, stop = bounds[worker.rank], bounds[worker.rank + 1]
+    training = encoder.training
+    encoder.eval()
+    parts = [
+        _encode(encoder, images, data.image_size, compute, worker)
+        for images in sequential(split, data, start, stop, batch_size)
+    ]
+    encoder.train(training)
+    return _gather(torch.cat(parts), [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], worker)
+
+
+def _encode(encoder: nn.Module, images: Tensor, size: int, compute: Compute, worker: Worker) -> Tensor:
+    x = resize_normalise(images.to(worker.device), size)
+    x = x.double() if compute.precision == "fp64" else x
+    if compute.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with worker.autocast(compute.precision):
+        return encoder(x).float().cpu()
+
+
+def _gather(features: Tensor, counts: list[int], worker: Worker) -> Tensor:
+    if worker.world == 1:
+        return features
+    padded = F.pad(features, (0, 0, 0, max(counts) - len(features))).to(worker.device)
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).cpu()

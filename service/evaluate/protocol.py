@@ -1,0 +1,102 @@
+"""What is measured of a run: a validation probe to choose by, and one report on the test split at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets_prep.index import Index
+from service.config import RunConfig
+from service.data.split import DataSplit
+from service.data.store import Store
+from service.engine.worker import Worker
+from service.evaluate import linear_probe
+from service.evaluate.features import RawPixels, extract
+from service.evaluate.report import Scores, evaluate_features, gains, percentages
+from service.models.encoder import build_encoder
+
+_DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
+PROTOCOL = "linear-v1"  # names what `val_linear` measures; scores compare only under one name
+
+
+def random_encoder(config: RunConfig) -> nn.Module:
+    """Build the run's encoder as it was before its first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_encoder(image_size=config.data.image_size, **config.family.encoder.model_dump())
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Evaluation of encoders on one data set; all ranks extract features and compute the same scores."""
+
+    config: RunConfig
+    store: Store
+    index: Index
+    worker: Worker
+
+    def validation(self, encoder: nn.Module) -> dict[str, float]:
+        """Accuracy of a linear probe on the validation split and its standard error, in percent."""
+        data = self.config.data
+        train, held_out = (self._features(encoder, name) for name in (data.train_split, data.val_split))
+        x, queries = linear_probe.standardise(train[0], held_out[0])
+        probe = linear_probe.fit(x, train[1], self._classes, self.config.eval.probe_c)
+        accuracy, error = linear_probe.accuracy(probe, queries, held_out[1])
+        return {"val_linear": float(accuracy), "val_linear_se": float(error)}
+
+    @property
+    def reported_split(self) -> str:
+        """The test split, or the validation split of a data set that has no other."""
+        data = self.config.data
+        return data.test_split if data.test_split in self.index.splits else data.val_split
+
+    def final(self, encoder: nn.Module) -> dict[str, Any]:
+        """Validation scores, and the table raw pixels / random encoder / trained on the reported split."""
+        reported = self.reported_split
+        head = {"protocol": PROTOCOL, "reported_split": reported}
+        return self.validation(encoder) | head | self.table(encoder, reported)
+
+    def table(self, encoder: nn.Module, split: str) -> dict[str, Any]:
+        """Scores of the three encoders on `split`, and paired intervals of the trained one over the baselines."""
+        random = random_encoder(self.config).to(self.worker.device)
+        random = random.double() if self.config.compute.precision == "fp64" else random
+        encoders = {"raw_pixels": RawPixels(), "random_encoder": random, "trained": encoder}
+        reports = {name: self._report(module, split) for name, module in encoders.items()}
+        return {"scores": {name: percentages(r) for name, r in reports.items()}, "paired": gains(reports)}
+
+    def _report(self, encoder: nn.Module, split: str) -> Scores:
+        train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
+        options = self.config.eval
+        return evaluate_features(
+            *train,
+            *held_out,
+            classes=self._classes,
+            c=options.probe_c,
+            k=options.knn_k,
+            temperature=options.knn_temperature,
+            labels_per_class=options.labels_per_class,
+            draws=options.label_draws,
+            seed=_DRAW_SEED,
+        )
+
+    @property
+    def _classes(self) -> int:
+        return len(self.index.classes)
+
+    def _features(self, encoder: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and labels (N,) of a split's labelled samples."""
+        split = DataSplit(self.store, self.index, name)
+        features = extract(
+            encoder,
+            split,
+            data=self.config.data,
+            compute=self.config.compute,
+            worker=self.worker,
+            batch_size=self.config.eval.batch_size,
+        )
+        labels = torch.from_numpy(split.labels.astype(np.int64))
+        return features[labels >= 0], labels[labels >= 0]

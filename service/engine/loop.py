@@ -1,0 +1,304 @@
+"""The one training loop: the same in a plain process, under torchrun and inside a Ray Train worker.
+
+It knows a family only as a module that turns views into losses. Nothing in a step waits for the device: metrics
+are read every `tracking.log_every`, checkpoints are written in the background.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from service.collectives import mean_over_ranks
+from service.config import RunConfig, parse_interval
+from service.data.augment import random_view
+from service.data.batches import make_plan, open_batches
+from service.data.split import DataSplit, read_index
+from service.data.store import Store
+from service.engine.checkpoint import Checkpoints, TrainingState
+from service.engine.lease import check_lease
+from service.engine.worker import Worker, distribute, place, share_buffers, start_worker
+from service.evaluate.protocol import Protocol
+from service.export import CONFIG, PREPROCESSING, WEIGHTS, describe_preprocessing
+from service.families import build_family
+from service.families.base import Family, Losses
+from service.optim import build_optimizer, set_lr, warmup_cosine
+
+log = logging.getLogger(__name__)
+Row = dict[str, float]
+RowSink = Callable[[int, Row], None]
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and the lease epoch under which it may."""
+
+    store: Store
+    lease_epoch: int = 0
+
+    def fence(self) -> None:
+        """Raise when another driver has taken the run over."""
+        check_lease(self.store, self.lease_epoch)
+
+
+class Every:
+    """Tells when an interval such as '10 steps', '5 epochs' or '2 minutes' has passed."""
+
+    def __init__(self, interval: str | None, steps_per_epoch: int) -> None:
+        self.steps, self.seconds = math.inf, math.inf
+        if interval is not None:
+            amount, unit = parse_interval(interval)
+            if unit == "minutes":
+                self.seconds = amount * 60
+            else:
+                self.steps = max(1, round(amount * (steps_per_epoch if unit == "epochs" else 1)))
+        self._last = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Say whether it is due after `step` steps; steps and epochs count from 0, minutes from the last time."""
+        if self.steps < math.inf:
+            return step % int(self.steps) == 0
+        if time.monotonic() - self._last < self.seconds:
+            return False
+        self._last = time.monotonic()
+        return True
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a run and of its parts."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+
+    @staticmethod
+    def of(config: RunConfig, steps_per_epoch: int) -> Length:
+        """Work out a run's steps from its schedule."""
+        schedule = config.schedule
+        total = schedule.length(steps_per_epoch)
+        return Length(steps_per_epoch, total, min(total, round(schedule.warmup_epochs * steps_per_epoch)))
+
+
+@dataclass
+class Trainer:
+    """Everything that a step touches, built in the same way whether a run starts or resumes."""
+
+    config: RunConfig
+    worker: Worker
+    family: Family
+    length: Length
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.module = distribute(self.family, self.worker, config.compute)
+        options = config.optim.model_dump(exclude={"kind", "clip_norm"})
+        self.optimizer = build_optimizer(config.optim.kind, self.module, **options)
+        ema = config.eval.weight_ema
+        self.averaged = (
+            None
+            if ema is None
+            else AveragedModel(self.family.encoder, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        )
+        self.state = TrainingState(self.module, self.optimizer, self.averaged)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Encoder that is evaluated and kept: the averaged one if there is one."""
+        return self.family.encoder if self.averaged is None else self.averaged.module
+
+    def step(self, step: int, images: Tensor, ids: Tensor) -> Losses:
+        """Take optimiser step `step` (from 0) on this rank's slice of the batch, (B, 3, H, W) uint8 and ids (B,)."""
+        set_lr(self.optimizer, self.lr(step))
+        views = self._views(images, ids, step // self.length.steps_per_epoch)
+        with self.worker.autocast(self.config.compute.precision):
+            losses = self.module(views)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.family.after_step(step)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.family.encoder)
+        return losses
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step."""
+        schedule, lr = self.config.schedule, self.config.optim.lr
+        return warmup_cosine(
+            step,
+            total=self.length.total,
+            warmup=self.length.warmup,
+            lr=lr,
+            start_lr=schedule.start_lr,
+            min_lr=schedule.min_lr,
+        )
+
+    def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        """Augmented views, (V, B, 3, S, S), in the run's number and memory format."""
+        data, compute = self.config.data, self.config.compute
+        views = torch.stack(
+            [
+                random_view(
+                    images, ids, config=data.augment, size=data.image_size, seed=self.config.seed, epoch=epoch, view=v
+                )
+                for v in range(self.family.views)
+            ]
+        )
+        if compute.precision == "fp64":
+            return views.double()
+        if compute.channels_last:  # of the views as one batch, as the family encodes them
+            return views.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, views.shape[:2])
+        return views
+
+
+def train(config: RunConfig, run: Run, rows: RowSink | None = None) -> dict[str, Any]:
+    """Train, resume if the run has a checkpoint, evaluate and keep the encoder.
+
+    Args:
+        config: of the run, `data.mode` resolved or not.
+        run: its storage; newer drivers fence this one off through it.
+        rows: takes rank 0's metric rows.
+
+    Returns:
+        The result that `result.json` holds: steps, scores, seconds.
+    """
+    worker = start_worker(config.compute)
+    data_store = Store(config.data.uri)
+    index = read_index(data_store)
+    split = DataSplit(data_store, index, config.data.train_split)
+    plan = make_plan(split, config.data, config.seed)
+    batches = open_batches(split, plan, config.data, device=worker.device, hosts=worker.hosts)
+    torch.manual_seed(config.seed)
+    family = place(build_family(config), worker, config.compute, config.parallel)
+    trainer = Trainer(config, worker, family, Length.of(config, plan.steps_per_epoch))
+    checkpoints = Checkpoints(
+        run.store.sub("checkpoints"), worker.environment(), run.fence, run.lease_epoch, config.checkpoint.keep_last
+    )
+    start = checkpoints.restore(trainer.state)
+    if start and worker.rank == 0:
+        log.info("resumed from the checkpoint of step %d", start)
+    protocol = Protocol(config, data_store, index, worker)
+    began = time.monotonic()
+    stream = batches.iterate(start, trainer.length.total, worker.rank, worker.world)
+    _steps(trainer, stream, start, checkpoints, protocol, run, rows or (lambda step, row: None))
+    checkpoints.wait()
+    seconds = time.monotonic() - began
+    share_buffers(trainer.evaluated)
+    scores = protocol.final(trainer.evaluated)
+    result = {"steps": trainer.length.total, "resumed_from": start, "train_seconds": seconds, **scores}
+    if worker.rank == 0:
+        run.fence()
+        _keep_encoder(run.store.sub("encoder"), trainer.evaluated, config, scores)
+        run.store.put("result.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def _steps(
+    trainer: Trainer,
+    stream: Iterator[tuple[Tensor, Tensor]],
+    start: int,
+    checkpoints: Checkpoints,
+    protocol: Protocol,
+    run: Run,
+    rows: RowSink,
+) -> None:
+    """Take the run's remaining steps; log, evaluate, checkpoint and keep snapshots as often as the config says."""
+    config, length, rank = trainer.config, trainer.length, trainer.worker.rank
+    log_due, eval_due, save_due, snapshot_due = (
+        Every(interval, length.steps_per_epoch)
+        for interval in (
+            config.tracking.log_every,
+            config.eval.every,
+            config.checkpoint.every,
+            config.checkpoint.snapshot_every,
+        )
+    )
+    meter = Meter(start, length, config.data.batch_size)
+    for step, (images, ids) in enumerate(stream, start):
+        losses = trainer.step(step, images, ids)
+        done = step + 1
+        last = done == length.total
+        if log_due(done) or last:
+            row = _read_row(losses) | {"lr": trainer.lr(step), **meter.read(done)}
+            _check_finite(row["loss"], done, checkpoints)
+            if rank == 0:
+                rows(done, row)
+        if eval_due(done) and not last:
+            share_buffers(trainer.evaluated)
+            row = protocol.validation(trainer.evaluated)
+            if rank == 0:
+                rows(done, row)
+        if rank == 0 and (save_due(done) or last):
+            _check_finite(_norm(trainer.module), done, checkpoints)
+            checkpoints.save(done, trainer.state)
+        if rank == 0 and snapshot_due(done):
+            run.store.put(f"snapshots/step-{done:08d}.safetensors", _weights(trainer.evaluated))
+
+
+class Meter:
+    """Progress and throughput since the last reading."""
+
+    def __init__(self, start: int, length: Length, batch_size: int) -> None:
+        self._length, self._batch = length, batch_size
+        self._step, self._time = start, time.monotonic()
+
+    def read(self, done: int) -> Row:
+        """Epoch, images a second over all ranks and remaining seconds, after `done` steps."""
+        now = time.monotonic()
+        rate = (done - self._step) / max(1e-9, now - self._time)
+        self._step, self._time = done, now
+        remaining = (self._length.total - done) / max(rate, 1e-9)
+        epoch = done / self._length.steps_per_epoch
+        return {"epoch": epoch, "images_per_s": rate * self._batch, "eta_s": remaining}
+
+
+def _read_row(losses: Losses) -> Row:
+    """Losses averaged over ranks; the one place in the loop that waits for the device."""
+    names = ["loss", *losses.terms]
+    values = torch.stack([losses.total.detach().double(), *(term.double() for term in losses.terms.values())])
+    return dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
+
+
+def _norm(module: nn.Module) -> float:
+    return sum(norm.item() ** 2 for norm in torch._foreach_norm(list(module.parameters()))) ** 0.5
+
+
+def _check_finite(value: float, done: int, checkpoints: Checkpoints) -> None:
+    """Stop a run whose loss or weights are no longer numbers, before that reaches a checkpoint."""
+    if math.isfinite(value):
+        return
+    checkpoints.wait()
+    good = checkpoints.committed()
+    raise TrainingFailed(
+        f"the loss or a weight is {value} after step {done}: lower optim.lr, set optim.clip_norm=1.0 or lengthen "
+        f"schedule.warmup_epochs; the last good checkpoint is of step {good[-1] if good else 0}"
+    )
+
+
+def _weights(encoder: nn.Module) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()})
+
+
+def _keep_encoder(store: Store, encoder: nn.Module, config: RunConfig, scores: dict[str, Any]) -> None:
+    """Write what registration and serving load: weights, config, preprocessing, scores."""
+    described = describe_preprocessing(config.data.image_size, encoder.dim)  # pyright: ignore[reportArgumentType]
+    store.put(WEIGHTS, _weights(encoder))
+    store.put(CONFIG, json.dumps(config.plain(), indent=1).encode())
+    store.put(PREPROCESSING, json.dumps(described, indent=1).encode())
+    store.put("scores.json", json.dumps(scores, indent=1).encode())

@@ -1,0 +1,94 @@
+"""One worker process: its place in the world, its device and its arithmetic."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets_prep.errors import UserError
+from service.config import Compute, Parallel
+from service.families.base import Family
+from service.models.batchnorm import synchronise
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Position among the ranks, and the device to compute on."""
+
+    rank: int
+    world: int
+    hosts: int
+    device: torch.device
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """Context of the forward pass: bf16 autocast, or nothing."""
+        if precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def environment(self) -> dict[str, str | int]:
+        """Describe what the bits of a result depend on besides config, code and data."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "torch": torch.__version__,
+            "device": device,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "world": self.world,
+        }
+
+
+def start_worker(compute: Compute) -> Worker:
+    """Join the world that torchrun or Ray Train announced in the environment, and set this process's arithmetic."""
+    cuda = compute.device == "cuda" or (compute.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise UserError("compute.device=cuda, and torch sees no CUDA device: use compute.device=cpu, or a GPU machine")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    torch.use_deterministic_algorithms(compute.deterministic)
+    torch.backends.cudnn.benchmark = not compute.deterministic
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Worker(rank, world, max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))), device)
+
+
+def place(family: Family, worker: Worker, compute: Compute, parallel: Parallel) -> Family:
+    """Move a family to the worker's device and number format, with batch norm over all ranks if asked for."""
+    if parallel.sync_batchnorm and worker.world > 1:
+        family = synchronise(family, cuda=worker.device.type == "cuda")  # pyright: ignore[reportAssignmentType]
+    family = family.to(worker.device, torch.float64 if compute.precision == "fp64" else torch.float32)
+    return family.to(memory_format=torch.channels_last) if compute.channels_last else family
+
+
+def distribute(family: Family, worker: Worker, compute: Compute) -> nn.Module:
+    """Wrap a placed family for training: compiled if asked for, gradients averaged over ranks."""
+    module: nn.Module = family
+    if compute.compile:
+        module.compile()
+    if worker.world == 1:
+        return module
+    with warnings.catch_warnings():  # the name that torch is about to prefer is unknown to 2.11
+        warnings.simplefilter("ignore", FutureWarning)
+        # Running statistics stay each rank's own while training; rank 0's count (`share_buffers`).
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all ranks rank 0's buffers, such as batch norm's running statistics."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,46 @@
+"""Losses of 20 float64 steps of each family, pinned: `python -m tests.golden.recapture REASON` writes them anew.
+
+Give the reason in the commit too: a changed loss means that every published number of the family may change.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from jobs.shard import shard
+from service.data.store import Store
+from service.engine.loop import Run, train
+from tests.configs import tiny
+
+FILE = Path(__file__).with_name("losses.json")
+SETTINGS = {
+    "image_vicreg": {"family__encoder__width": 4, "family__projector__norm": "batch"},
+    "image_vicreg_vit_lars": {"family__encoder__kind": "vit", "optim__kind": "lars", "schedule__start_lr": 1e-3},
+}
+
+
+def losses(name, digits):
+    """Every step's loss of a named setting on the embedded digits, one thread."""
+    threads = torch.get_num_threads()
+    config = tiny(digits, **SETTINGS[name], compute__precision="fp64", compute__threads=1, schedule__steps=20)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, Run(Store(folder)), rows=lambda step, row: found.append(row["loss"]))
+    torch.set_num_threads(threads)
+    return found
+
+
+def main():
+    if len(sys.argv) < 2:
+        sys.exit("give the reason for new golden losses")
+    with tempfile.TemporaryDirectory() as digits:
+        shard("digits", digits)
+        found = {name: losses(name, digits) for name in SETTINGS}
+    FILE.write_text(json.dumps({"reason": " ".join(sys.argv[1:]), "losses": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The loop in one process on real data: resume, fencing, guards, what it keeps."""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from service.data.split import DataSplit, read_index
+from service.data.store import Store
+from service.engine import checkpoint, loop
+from service.engine.lease import Lease, LeaseLost
+from tests.configs import tiny
+
+
+class Killed(BaseException):
+    """Stands for a death between two steps."""
+
+
+def run(config, folder, *, die_after=None, lease_epoch=0):
+    """Train and return the rows; `die_after` ends the run after that step's row."""
+    rows = {}
+
+    def take(step, row):
+        rows.setdefault(step, {}).update(row)
+        if step == die_after:
+            raise Killed
+
+    try:
+        result = loop.train(config, loop.Run(Store(folder), lease_epoch), rows=take)
+    except Killed:
+        result = None
+    return rows, result
+
+
+def losses(rows):
+    return {step: row["loss"] for step, row in rows.items() if "loss" in row}
+
+
+def wait_for(path):
+    """Wait for what the dead run's background writer was still writing."""
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lars", "sgd"])
+def test_n_plus_n_steps_are_bitwise_2n(digits, tmp_path, kind):
+    options = {"optim__kind": kind, "schedule__start_lr": 0.0, "compute__deterministic": True}
+    config = tiny(digits, **options, schedule__steps=12, eval__weight_ema=0.9, checkpoint__every="5 steps")
+    whole, result = run(config, tmp_path / "whole")
+    before, nothing = run(config, tmp_path / "cut", die_after=8)
+    wait_for(tmp_path / "cut/checkpoints/step-00000005/COMMIT.json")
+    after, resumed = run(config, tmp_path / "cut")
+    assert nothing is None and resumed["resumed_from"] == 5
+    assert losses(before) == {step: loss for step, loss in losses(whole).items() if step <= 8}
+    assert losses(after) == {step: loss for step, loss in losses(whole).items() if step > 5}
+    assert result["scores"] == resumed["scores"]
+    weights = [load(Store(tmp_path / name).get("encoder/model.safetensors")) for name in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_streaming_gives_the_losses_of_resident_data(digits, tmp_path):
+    resident, _ = run(tiny(digits, data__mode="resident", schedule__steps=4), tmp_path / "a")
+    streamed, _ = run(tiny(digits, data__mode="stream", schedule__steps=4), tmp_path / "b")
+    assert losses(resident) == losses(streamed)
+
+
+def test_a_checkpoint_returns_every_tensor(digits, tmp_path):
+    config = tiny(digits, schedule__steps=3, eval__weight_ema=0.5, checkpoint__every="1 steps", checkpoint__keep_last=2)
+    run(config, tmp_path)
+    store = Store(tmp_path / "checkpoints")
+    checkpoints = checkpoint.Checkpoints(store, {}, lambda: None, 0, 2)
+    assert checkpoints.committed() == [2, 3]
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(len(trainers))
+        worker = loop.start_worker(config.compute)
+        family = loop.place(loop.build_family(config), worker, config.compute, config.parallel)
+        trainers.append(loop.Trainer(config, worker, family, loop.Length(18, 3, 0)))
+    assert [checkpoints.restore(t.state) for t in trainers] == [3, 3]
+    plain = [t.state.plain() for t in trainers]
+    leaves = [torch.utils._pytree.tree_leaves(p) for p in plain]
+    assert len(leaves[0]) == len(leaves[1]) > 100
+    for a, b in zip(*leaves, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert plain[0]["optimizer"]["state"]["encoder.conv1.weight"]["step"] == 3
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(digits, tmp_path, caplog):
+    config = tiny(digits, schedule__steps=6, checkpoint__every="2 steps", checkpoint__keep_last=3)
+    whole, _ = run(config, tmp_path / "whole")
+    run(config, tmp_path / "cut", die_after=5)
+    newest = tmp_path / "cut/checkpoints/step-00000004"
+    wait_for(newest / "COMMIT.json")
+    victim = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    after, result = run(config, tmp_path / "cut")
+    assert result["resumed_from"] == 2
+    assert losses(after) == {step: loss for step, loss in losses(whole).items() if step > 2}
+    assert "checkpoint of step 4 is unusable" in caplog.text and victim.name in caplog.text
+
+
+def test_a_torn_checkpoint_does_not_count(digits, tmp_path):
+    config = tiny(digits, schedule__steps=6, checkpoint__every="2 steps")
+    run(config, tmp_path, die_after=5)
+    marker = tmp_path / "checkpoints/step-00000004/COMMIT.json"
+    wait_for(marker)
+    marker.unlink()
+    assert run(config, tmp_path)[1]["resumed_from"] == 2
+
+
+def test_a_fenced_driver_never_commits(digits, tmp_path):
+    store = Store(tmp_path)
+    with Lease(store) as first:
+        pass
+    with Lease(store) as second:
+        assert (first.epoch, second.epoch) == (1, 2)
+        with pytest.raises(LeaseLost, match="lease epoch 2 is newer than this driver's 1"):
+            run(tiny(digits, schedule__steps=2), tmp_path, lease_epoch=first.epoch)
+        assert store.list("checkpoints") == [n for n in store.list("checkpoints") if not n.endswith("COMMIT.json")]
+        assert not store.exists("result.json")
+        assert run(tiny(digits, schedule__steps=2), tmp_path, lease_epoch=second.epoch)[1]["steps"] == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_a_cure(digits, tmp_path):
+    config = tiny(digits, optim__kind="sgd", optim__lr=1e18, schedule__warmup_epochs=0, schedule__steps=8)
+    with pytest.raises(loop.TrainingFailed, match="lower optim.lr.*last good checkpoint is of step 0"):
+        run(config, tmp_path)
+    assert not any(name.endswith("COMMIT.json") for name in Store(tmp_path).list("checkpoints"))
+
+
+def test_another_environment_is_told(digits, tmp_path, caplog):
+    config = tiny(digits, schedule__steps=4, checkpoint__every="2 steps")
+    run(config, tmp_path, die_after=3)
+    wait_for(tmp_path / "checkpoints/step-00000002/COMMIT.json")
+    torch.set_num_threads(2)
+    run(config.model_copy(update={"compute": config.compute.model_copy(update={"threads": 2})}), tmp_path)
+    assert "threads was 1, is 2" in caplog.text and "not bitwise" in caplog.text
+
+
+def test_what_a_run_keeps(digits, tmp_path):
+    config = tiny(
+        digits,
+        schedule__steps=6,
+        eval__every="3 steps",
+        checkpoint__snapshot_every="3 steps",
+        eval__labels_per_class=[1],
+    )
+    rows, result = run(config, tmp_path)
+    store = Store(tmp_path)
+    assert store.list("snapshots") == ["snapshots/step-00000003.safetensors", "snapshots/step-00000006.safetensors"]
+    assert "val_linear" in rows[3]
+    assert json.loads(store.get("result.json")) == result
+    assert set(result["scores"]) == {"raw_pixels", "random_encoder", "trained"}
+    assert set(result["scores"]["trained"]) == {"1", "all", "knn"}
+    assert result["reported_split"] == "test"
+    described = json.loads(store.get("encoder/preprocessing.json"))
+    assert described["resize"] == [16, 16] and described["output"]["shape"] == [-1, 64]
+
+
+def test_all_bad_samples_are_named_at_once(digits, tmp_path):
+    index = read_index(Store(digits))
+    split = DataSplit(Store(digits), index, "val")
+    tar = bytearray(split.shard_bytes(split.rows.shards[0]))
+    rows = split.sidecar(split.rows.shards[0])
+    for row in rows[:7]:
+        tar[int(row["offset"][0]) : int(row["offset"][0]) + 8] = b"no image"
+    from service.data import resident
+
+    class Broken(DataSplit):
+        def shard_bytes(self, shard):
+            return bytes(tar)
+
+    with pytest.raises(resident.UserError, match="7 of 130 samples cannot be decoded") as error:
+        resident.decode_split(Broken(split.store, index, "val"), 16, 2)
+    named = [line for line in str(error.value).splitlines() if "no known image format" in line]
+    broken = {row["key"].decode() for row in rows[:7]}
+    assert len(named) == 5 and all(line.split("'")[1] in broken for line in named)

@@ -1,0 +1,1 @@
+"""Where jobs run: profiles and the local stack."""

@@ -1,0 +1,171 @@
+"""`tessera submit`: one run, one name. Alive, it is followed; unfinished, it goes on; finished, it is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.profiles import Profile
+from datasets_prep.errors import UserError
+from jobs import package
+from jobs.plan import Plan
+from service.data.store import Store
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+ALIVE = ("PENDING", "RUNNING")
+_RAY_PREFIX = re.compile(r"^(\x1b\[[0-9;]*m)*\([^)]*pid=\d+[^)]*\)(\x1b\[[0-9;]*m)* ?")
+_RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What `submit` did: the run, its job if one runs, and what is known of the code."""
+
+    run: str
+    state: Literal["submitted", "resumed", "attached", "finished", "planned"]
+    job: str | None
+    package_bytes: int
+    commit: str | None
+    untracked: list[str]
+
+
+def prepare(made: Plan, profile: Profile) -> None:
+    """Check that a cluster can run the plan at all.
+
+    Raises:
+        UserError: more CPUs or GPUs asked for than there are, or no MLflow.
+    """
+    from service import tracking
+
+    config = made.config
+    workers, cpus = config.parallel.workers, config.parallel.workers * config.parallel.cpus_per_worker
+    if config.compute.device == "cuda" and profile.gpus < workers:
+        raise UserError(
+            f"compute.device=cuda and parallel.workers={workers} need {workers} GPUs, cluster {profile.name!r} has "
+            f"{profile.gpus:g}: use compute.device=cpu, fewer workers or another --cluster"
+        )
+    if cpus > profile.cpus:
+        raise UserError(
+            f"parallel.workers={workers} × parallel.cpus_per_worker={config.parallel.cpus_per_worker:g} needs {cpus:g} "
+            f"CPUs, cluster {profile.name!r} has {profile.cpus:g}: lower one of them"
+        )
+    tracking.check(profile.tracking_uri)
+
+
+def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = False) -> Submission:
+    """Start, continue, join or just find the run of a plan."""
+    with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
+        folder = Path(scratch)
+        built = package.build(made.config, folder)
+        name, config = package.run_name(made.config, made.index.fingerprint, built.code), made.config
+        root = Store(profile.storage_uri)
+        while new and root.exists(f"{name}/{_RESULT}"):
+            config = config.model_copy(update={"repeat": config.repeat + 1})
+            name = package.run_name(config, made.index.fingerprint, built.code)
+        (folder / package.CONFIG_NAME).write_text(json.dumps(config.plain(), indent=1))
+
+        def submission(state: Any, job: str | None = None) -> Submission:
+            return Submission(name, state, job, built.size, built.commit, built.untracked)
+
+        if dry_run:
+            return submission("planned")
+        if (result := read_result(root, name)) is not None and "model_uri" in result:
+            return submission("finished")
+        with job_client(profile) as client:
+            jobs = jobs_of(client, name)
+            for job in jobs:
+                if job.status in ALIVE:
+                    return submission("attached", job.submission_id)
+            started = root.exists(f"{name}/state.json")
+            identifier = f"{name}-{len(jobs) + 1:02d}"
+            client.submit_job(
+                entrypoint=f"python -m jobs.train {package.CONFIG_NAME}",
+                submission_id=identifier,
+                runtime_env={"working_dir": scratch, "env_vars": _job_environment(profile, identifier, built.commit)},
+                metadata={"run": name, "recipe": config.name, "commit": built.commit or "none"},
+            )
+        return submission("resumed" if started else "submitted", identifier)
+
+
+def _job_environment(profile: Profile, job: str, commit: str | None) -> dict[str, str]:
+    """Addresses for the driver; keys are not among them, the cluster's own environment has those."""
+    return {
+        "MLFLOW_TRACKING_URI": profile.tracking_uri,
+        "TESSERA_STORAGE": profile.storage_uri,
+        "TESSERA_JOB": job,
+        "TESSERA_COMMIT": commit or "none",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def read_result(root: Store, run: str) -> dict[str, Any] | None:
+    """Result of a run, None while there is none."""
+    name = f"{run}/{_RESULT}"
+    return json.loads(root.get(name)) if root.exists(name) else None
+
+
+@contextmanager
+def job_client(profile: Profile) -> Generator[JobSubmissionClient]:
+    """Ray's job API at a cluster, with the token and keys of its profile in the environment."""
+    os.environ.update(profile.env)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(profile.jobs_address)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"no Ray job API at {profile.jobs_address}: {str(error).splitlines()[0]}") from error
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    yield client
+
+
+def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:
+    """Submitted jobs, oldest first: all that carry a run's name, or those of one run."""
+    jobs = [job for job in client.list_jobs() if job.metadata and "run" in job.metadata]
+    if run is not None:
+        jobs = [job for job in jobs if job.metadata and job.metadata["run"] == run]
+    return sorted(jobs, key=lambda job: job.start_time or 0)
+
+
+def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
+    """Newest job of a run, or the job of that id."""
+    jobs = jobs_of(client)
+    found = [job for job in jobs if name in (job.submission_id, (job.metadata or {}).get("run"))]
+    if not found:
+        known = ", ".join(sorted({(job.metadata or {})["run"] for job in jobs})) or "none"
+        raise UserError(f"no job or run {name!r} on this cluster; runs with jobs: {known}")
+    return found[-1]
+
+
+def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:
+    """Show a job's log lines until it ends, and return the exit code of its driver."""
+    from ray.job_submission import JobStatus
+
+    asyncio.run(_tail(client, job, show))
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.5)
+    code = client.get_job_info(job).driver_exit_code
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    return code if code is not None and code > 0 else 1
+
+
+async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:
+    rest = ""
+    async for text in client.tail_job_logs(job):
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            show(_RAY_PREFIX.sub("", line))
+    if rest:
+        show(_RAY_PREFIX.sub("", rest))

@@ -1,0 +1,39 @@
+"""The result table: representations × labels, with the trained encoder's gain over the best baseline."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+_TITLES = {"raw_pixels": "raw pixels", "random_encoder": "random encoder", "trained": "trained encoder"}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Lay out `scores` and `paired` of a result as text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    scores, paired = result["scores"], result["paired"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"top-1 accuracy in %, {result['reported_split']} split",
+        caption="gain over the better baseline, with its 95 % paired interval",
+    )
+    table.add_column("representation")
+    for column in scores["trained"]:
+        table.add_column(_heading(column), justify="right")
+    for name, row in scores.items():
+        table.add_row(_TITLES[name], *(f"{value:.1f}" for value in row.values()))
+    table.add_section()
+    gains = (paired[column] for column in scores["trained"])
+    table.add_row("gain", *(f"{gain['points']:+.1f} ± {gain['half_width']:.1f}" for gain in gains))
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    return text.getvalue()
+
+
+def _heading(column: str) -> str:
+    if column.isdigit():
+        return f"{column} label{'s' * (column != '1')}/class"
+    return {"all": "all labels", "knn": "k-NN"}[column]

@@ -1,0 +1,238 @@
+"""Submitted jobs on a real local stack: the command line from the outside, two train workers, MLflow, resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster import local
+from jobs import submit
+from service.data.store import Store
+from tests.configs import TINY
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
+SMALL = [*TINY, "parallel.workers=2", "eval.labels_per_class=[1]", "eval.label_draws=3", "schedule.start_lr=0"]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """A stack of this module's own; the state folder keeps it apart from a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("TESSERA_CACHE", str(tmp_path_factory.mktemp("job_cache")))
+        running = local.up(tmp_path_factory.mktemp("stack"))
+        try:
+            yield running
+        finally:
+            local.down()
+
+
+@pytest.fixture(scope="module")
+def tessera(stack):
+    def call(*arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tessera, digits):
+    """Result of a first submitted run, as the command printed it."""
+    out = tessera("submit", "demo", *SMALL, f"data.uri={digits}", "schedule.steps=12", "seed=1", "--json")
+    return json.loads(out.splitlines()[-1])
+
+
+def runs(stack, run):
+    return Store(stack.storage_uri).sub(run)
+
+
+def rows(store):
+    """Loss of each step; a step that was taken again after a resume must have had the same loss."""
+    found = {}
+    for name in store.list("metrics"):
+        for line in store.get(name).decode().splitlines():
+            row = json.loads(line)
+            if "loss" in row["metrics"]:
+                found.setdefault(row["step"], set()).add(row["metrics"]["loss"])
+    return found
+
+
+def test_a_submitted_run_ends_in_a_registered_encoder(stack, tessera, trained, digits, tmp_path):
+    import mlflow
+
+    assert trained["steps"] == 12 and trained["model_uri"] == "models:/demo/1" and trained["champion"]
+    assert set(trained["scores"]["trained"]) == {"1", "all", "knn"}
+    client = mlflow.MlflowClient(stack.mlflow_uri, stack.mlflow_uri)
+    run = client.get_run(trained["mlflow_run"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["family.encoder.width"] == "8" and run.data.params["optim.kind"] == "adamw"
+    assert run.data.tags["fingerprint"] and run.data.tags["package"] and run.data.tags["commit"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(1, 13))
+    version = client.get_model_version_by_alias("demo", "champion")
+    assert version.tags["run"] == trained["run"] and float(version.tags["val_linear"]) == trained["val_linear"]
+    mlflow.set_tracking_uri(stack.mlflow_uri)
+    model = mlflow.pyfunc.load_model("models:/demo@champion")
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    features = model.predict(images)
+    assert features.shape == (3, 64) and features.dtype == np.float32
+
+    import torch
+
+    from service import export, tracking
+
+    folder = tracking.download_encoder(stack.mlflow_uri, "models:/demo@champion", tmp_path)
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pt", ".bin")]
+    program = torch.export.load(folder / export.PROGRAM).module()
+    np.testing.assert_allclose(program(torch.from_numpy(images)).detach().numpy(), features, atol=1e-5)
+    np.testing.assert_allclose(export.PyfuncEncoder(folder).predict(images), features, atol=1e-6)
+
+
+def test_the_same_command_again_shows_the_finished_run(stack, tessera, trained, digits):
+    command = ["submit", "demo", *SMALL, f"data.uri={digits}", "schedule.steps=12", "seed=1"]
+    assert json.loads(tessera(*command, "--json"))["run"] == trained["run"]
+    assert "finished" in tessera(*command)
+    planned = json.loads(tessera(*command, "--dry-run", "--new", "--json"))
+    assert planned["run"] != trained["run"] and planned["state"] == "planned" and planned["steps"] == 12
+    jobs = json.loads(tessera("jobs", "list", "--json"))["jobs"]
+    assert [job["run"] for job in jobs] == [trained["run"]] and jobs[0]["state"] == "SUCCEEDED"
+    assert "finished 12 steps" in tessera("jobs", "logs", trained["run"], "--no-follow")
+    assert "ended already" in tessera("jobs", "stop", trained["run"], code=2)
+
+
+def test_evaluate_scores_a_registered_encoder_as_the_run_did(stack, tessera, trained, digits):
+    result = json.loads(tessera("evaluate", "models:/demo@champion", "--data", digits, "--json"))
+    assert result["scores"] == trained["scores"] and result["fingerprint"] == result["trained_on"]
+    assert "trained encoder" in tessera("evaluate", "models:/demo/1", "--labels", 2)
+    assert "has no such model" in tessera("evaluate", "models:/nobody@champion", code=2)
+
+
+def test_register_repeats_with_the_same_version(stack, tessera, trained):
+    again = json.loads(tessera("register", trained["run"], "--json"))
+    assert again["model_uri"] == trained["model_uri"] and not again["champion"]
+    assert "no run 'nothing'" in tessera("register", "nothing", code=2)
+    assert "sent 0 values" in tessera("sync", trained["run"])
+
+
+def driver(run, stack):
+    """The driver process of a run's job."""
+    marker = f"TESSERA_JOB={run}"
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        environment = process.info["environ"] or {}
+        if "jobs.train" in (process.info["cmdline"] or []) and environment.get("TESSERA_JOB", "").startswith(run):
+            return process
+    raise AssertionError(marker)
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_killed_and_resubmitted_is_bitwise_the_undisturbed_run(stack, tessera, digits):
+    """SIGKILL of the driver in mid-run; a second driver waits meanwhile; the same command resumes."""
+    settings = [*SMALL, "schedule.steps=80", "checkpoint.every=10 steps", "compute.deterministic=true"]
+    command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
+    started = json.loads(tessera(*command, "--no-follow", "--json"))
+    store = runs(stack, started["run"])
+    wait_until(lambda: store.exists("checkpoints/step-00000020/COMMIT.json"))
+    attached = json.loads(tessera(*command, "--no-follow", "--json"))
+    assert (attached["state"], attached["job"]) == ("attached", started["job"])
+    os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
+    with submit.job_client(_profile()) as client:
+        wait_until(lambda: client.get_job_status(started["job"]).is_terminal())
+    assert not store.exists("result.json")
+    resumed = json.loads(tessera(*command, "--json").splitlines()[-1])
+    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 80
+    undisturbed = json.loads(tessera(*command, "--new", "--json").splitlines()[-1])
+    assert undisturbed["run"] != resumed["run"] and undisturbed["resumed_from"] == 0
+    expected, got = rows(runs(stack, undisturbed["run"])), rows(store)
+    assert set(expected) == set(got) == set(range(1, 81))
+    assert all(len(values) == 1 for values in expected.values())
+    assert got == expected  # steps taken twice, before the kill and after it, had the same loss too
+    assert undisturbed["scores"] == resumed["scores"]
+    leases = [name for name in store.list("lease") if name.endswith(".json")]
+    assert len(leases) == 2
+
+
+def test_a_second_driver_waits_and_never_writes(stack, tessera, digits):
+    settings = [*SMALL, "schedule.steps=400", "checkpoint.every=20 steps", f"data.uri={digits}", "seed=3"]
+    started = json.loads(tessera("submit", "demo", *settings, "--no-follow", "--json"))
+    store = runs(stack, started["run"])
+    wait_until(lambda: store.exists("lease/000001.json"))
+    environment = os.environ | local.client_environment(stack)
+    second = subprocess.Popen(
+        [sys.executable, "-u", "-m", "jobs.train", "demo", *settings],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    try:
+        assert second.stdout is not None
+        assert second.stdout.readline().strip() == f"run {started['run']}"
+        assert second.stdout.readline().startswith(f"attached: the run is held by job {started['job']}")
+        assert [name for name in store.list("lease") if name.endswith(".json")] == ["lease/000001.json"]
+    finally:
+        second.kill()
+        second.wait()
+    tessera("jobs", "stop", started["run"])
+    wait_until(lambda: "stopped" in tessera("jobs", "list", "--json").lower())
+    markers = [json.loads(store.get(n)) for n in store.list("checkpoints") if n.endswith("COMMIT.json")]
+    assert {marker["lease_epoch"] for marker in markers} <= {1}
+
+
+def _profile():
+    from cluster import profiles
+
+    return profiles.resolve("local")
+
+
+def test_plain_ray_job_submit_works_and_joins_the_same_run(stack, tessera, digits, trained):
+    settings = [*SMALL, f"data.uri={digits}", "schedule.steps=12", "seed=1"]
+    environment = os.environ | local.client_environment(stack)
+    arguments = ["job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", "demo", *settings]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run {trained['run']}" in done.stdout and "encoder models:/demo/1" in done.stdout
+
+
+def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path):
+    before = len(json.loads(tessera("jobs", "list", "--json"))["jobs"])
+    at = f"data.uri={digits}"
+    for arguments, message in [
+        (["submit", "dmo"], "did you mean 'demo'"),
+        (["submit", "demo", at, "optim.lrr=1"], "did you mean 'lr'"),
+        (["submit", "demo", f"data.uri={tmp_path}"], "holds no index.json"),
+        (["submit", "demo", "data.uri=s3://nothing/here"], "s3://nothing/here"),
+        (["submit", "demo", at, "data.train_split=trian"], "no split 'trian', it has: train, val, test"),
+        (["submit", "demo", at, "data.batch_size=2048"], "lower data.batch_size"),
+        (["submit", "demo", at, "parallel.workers=64"], "needs 64 CPUs, cluster 'local' has"),
+        (["submit", "demo", at, "compute.device=cuda"], "need 2 GPUs, cluster 'local' has 0"),
+        (["submit", "demo", at, "--cluster", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["submit", "demo", at, "--cluster", "a100x80"], "unknown profile"),
+        (["shard", "digitz", "--out", tmp_path / "x"], "source 'digitz' is unknown"),
+        (["evaluate", "demo"], "models:/NAME"),
+        (["config", "show", "demo", "seed=x"], "seed='x'"),
+    ]:
+        error = tessera(*arguments, code=2)
+        assert error.startswith("error: ") and message in error, (arguments, error)
+    assert len(json.loads(tessera("jobs", "list", "--json"))["jobs"]) == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from service.engine.lease import Lease, LeaseLost, RunAlive
 
 RESULT, STATE = "result.json", "state.json"
 STANDBY_SECONDS = 5.0
+FLUSH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m jobs.train RECIPE [key=value …]", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped job still ends its MLflow run
     try:
         made = plan.make(recipes.load(arguments[0], arguments[1:]))
         result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
@@ -208,7 +211,7 @@ def run_worker(payload: dict[str, Any]) -> None:
         return
     tracker = Tracker(run.store, told.tracking_uri, told.mlflow_run)
     try:
-        train(config, run, rows=progress(tracker.log))
+        train(config, run, rows=progress(tracker.log), flush=lambda: tracker.flush(FLUSH_SECONDS))
     finally:
         tracker.close()
 
@@ -252,7 +255,7 @@ def register(run: Store, tracking_uri: str, state: dict[str, str], config: RunCo
         tags |= {key: scores[key] for key in ("val_linear", "val_linear_se", "protocol")}
         version = tracking.register_encoder(tracking_uri, state["mlflow_run"], model, folder, tags, requirements())
     moved, reason = tracking.move_champion(tracking_uri, model, version)
-    print(f"champion {'moved' if moved else 'stays'}: {reason}", flush=True)
+    print(f"champion {'moved' if moved else 'stays'}: {reason}", file=sys.stderr, flush=True)
     return {"model_uri": f"models:/{model}/{version}", "champion": moved, "mlflow_run": state["mlflow_run"]}
 
 

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 for _name, _value in (
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ("MLFLOW_LOGGING_LEVEL", "WARNING"),
+    ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
     ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # MLflow's own seven last four minutes
     ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
     ("MLFLOW_UV_AUTO_DETECT", "false"),  # or a uv.lock in the current folder goes into the model

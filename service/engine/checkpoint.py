@@ -64,14 +64,14 @@ class Checkpoints:
     Args:
         store: the run's `checkpoints/`.
         environment: of this worker, recorded and compared.
-        fence: raises when this driver may no longer write; called right before each commit.
+        before_commit: called right before each commit; raises when this driver may no longer write.
         lease_epoch: recorded in the marker.
         keep_last: committed checkpoints that stay.
     """
 
     store: Store
     environment: dict[str, str | int]
-    fence: Callable[[], None]
+    before_commit: Callable[[], None]
     lease_epoch: int
     keep_last: int
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -98,7 +98,7 @@ class Checkpoints:
             for path, name in zip(files, hashes, strict=True):
                 self.store.put(f"{folder}/{name}", path)
         marker = {"step": step, "lease_epoch": self.lease_epoch, "environment": self.environment, "files": hashes}
-        self.fence()
+        self.before_commit()
         self.store.put(f"{folder}/{MARKER}", json.dumps(marker, indent=1).encode())
         for old in self.committed()[: -self.keep_last]:
             self._remove(old)

@@ -167,13 +167,17 @@ class Trainer:
         return views
 
 
-def train(config: RunConfig, run: Run, rows: RowSink | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, run: Run, rows: RowSink | None = None, flush: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Train, resume if the run has a checkpoint, evaluate and keep the encoder.
 
     Args:
         config: of the run, `data.mode` resolved or not.
         run: its storage; newer drivers fence this one off through it.
         rows: takes rank 0's metric rows.
+        flush: stores the rows taken so far; called before a checkpoint commits, so that a resumed run's curves have
+            no gap.
 
     Returns:
         The result that `result.json` holds: steps, scores, seconds.
@@ -187,8 +191,13 @@ def train(config: RunConfig, run: Run, rows: RowSink | None = None) -> dict[str,
     torch.manual_seed(config.seed)
     family = place(build_family(config), worker, config.compute, config.parallel)
     trainer = Trainer(config, worker, family, Length.of(config, plan.steps_per_epoch))
+
+    def before_commit() -> None:
+        flush()
+        run.fence()
+
     checkpoints = Checkpoints(
-        run.store.sub("checkpoints"), worker.environment(), run.fence, run.lease_epoch, config.checkpoint.keep_last
+        run.store.sub("checkpoints"), worker.environment(), before_commit, run.lease_epoch, config.checkpoint.keep_last
     )
     start = checkpoints.restore(trainer.state)
     if start and worker.rank == 0:

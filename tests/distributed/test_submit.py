@@ -215,6 +215,28 @@ def test_plain_ray_job_submit_works_and_joins_the_same_run(stack, tessera, digit
     assert f"run {trained['run']}" in done.stdout and "encoder models:/demo/1" in done.stdout
 
 
+def test_a_failed_job_gives_its_exit_code_and_the_cure(stack, tessera, digits):
+    import mlflow
+
+    settings = [
+        "optim.kind=sgd",
+        "optim.lr=1e18",
+        "schedule.warmup_epochs=0",
+        "parallel.max_restarts=0",
+        "schedule.steps=8",
+    ]
+    command = ["submit", "demo", *SMALL, *settings, f"data.uri={digits}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *command], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1
+    assert "lower optim.lr" in done.stdout and "last good checkpoint is of step 0" in done.stdout
+    client = mlflow.MlflowClient(stack.mlflow_uri, stack.mlflow_uri)
+    experiment = client.get_experiment_by_name("tessera").experiment_id
+    newest = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1)[0]
+    assert newest.data.params["optim.lr"] == "1e+18" and newest.info.status == "FAILED"
+
+
 def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path):
     before = len(json.loads(tessera("jobs", "list", "--json"))["jobs"])
     at = f"data.uri={digits}"
@@ -229,6 +251,7 @@ def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path)
         (["submit", "demo", at, "compute.device=cuda"], "need 2 GPUs, cluster 'local' has 0"),
         (["submit", "demo", at, "--cluster", "http://127.0.0.1:9"], "127.0.0.1:9"),
         (["submit", "demo", at, "--cluster", "a100x80"], "unknown profile"),
+        (["evaluate", "models:/demo/1", "--tracking-uri", "http://127.0.0.1:9"], "no MLflow at http://127.0.0.1:9"),
         (["shard", "digitz", "--out", tmp_path / "x"], "source 'digitz' is unknown"),
         (["evaluate", "demo"], "models:/NAME"),
         (["config", "show", "demo", "seed=x"], "seed='x'"),

@@ -143,6 +143,20 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_cure(digits, tmp_path):
     assert not any(name.endswith("COMMIT.json") for name in Store(tmp_path).list("checkpoints"))
 
 
+def test_the_kept_encoder_is_the_average_of_the_weights(digits, tmp_path):
+    name, decay = "conv1.weight", 0.75
+    kept, averaged = {}, None
+    run(tiny(digits, schedule__steps=3, checkpoint__snapshot_every="1 steps"), tmp_path / "plain")
+    for steps in (1, 2, 3):
+        weights = load(Store(tmp_path / "plain").get(f"snapshots/step-{steps:08d}.safetensors"))[name]
+        averaged = weights if averaged is None else decay * averaged + (1 - decay) * weights
+        kept[steps] = weights
+    run(tiny(digits, schedule__steps=3, eval__weight_ema=decay), tmp_path / "ema")
+    got = load(Store(tmp_path / "ema").get("encoder/model.safetensors"))[name]
+    torch.testing.assert_close(got, averaged, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(got, kept[3], rtol=1e-3)
+
+
 def test_another_environment_is_told(digits, tmp_path, caplog):
     config = tiny(digits, schedule__steps=4, checkpoint__every="2 steps")
     run(config, tmp_path, die_after=3)

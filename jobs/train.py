@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m jobs.train RECIPE [key=value …]", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped job still ends its MLflow run
+    signal.signal(signal.SIGTERM, _stop)
     try:
         made = plan.make(recipes.load(arguments[0], arguments[1:]))
         result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
@@ -61,6 +61,11 @@ def main(arguments: list[str]) -> int:
         return 2 if error.user else 1
     print(summary_line(result))
     return 0
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Leave by an exception, so that a stopped job still ends its MLflow run."""
+    sys.exit(143)
 
 
 def storage_root() -> Store:

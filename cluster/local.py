@@ -36,7 +36,7 @@ BUCKETS = ("data", "runs")
 _MARK = "TESSERA_STACK"
 _HOST = "127.0.0.1"
 _PREFERRED_PORTS = {"dashboard": 8265, "mlflow": 5000}
-_RAY_PORTS = ("dashboard", "gcs", "client")
+_RAY_PORTS = ("dashboard", "agent", "gcs", "client")
 _S3_SERVICES = ("s3", "master", "volume", "filer", "admin")
 _S3_PORTS = (*_S3_SERVICES, *(f"{name}.grpc" for name in _S3_SERVICES))
 _START_SECONDS = 120.0
@@ -255,6 +255,7 @@ def _ray_command(stack: Stack, cpus: int | None) -> list[str]:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *(f"--port={stack.ports['gcs']}", f"--ray-client-server-port={stack.ports['client']}"),
         *(f"--dashboard-host={_HOST}", f"--dashboard-port={stack.ports['dashboard']}"),
+        f"--dashboard-agent-listen-port={stack.ports['agent']}",  # without the agent no job can be submitted
         f"--temp-dir={stack.scratch}",
         *([f"--num-cpus={cpus}"] if cpus else []),
     ]
@@ -358,8 +359,10 @@ def _is_ready(stack: Stack, name: ServerName, process: subprocess.Popen[bytes], 
 def _ray_answers(stack: Stack) -> bool:
     """Wait for the file that `ray start` writes last: the job API answers seconds before jobs can run."""
     token = Path(stack.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    started = (stack.scratch / "ray_current_cluster").exists()
-    return started and _answers(f"{stack.ray_address}/api/version", {"Authorization": f"Bearer {token}"})
+    cluster = stack.scratch / "ray_current_cluster"
+    if not cluster.exists() or not _listens(cluster.read_text().split(":")[0], stack.ports["agent"]):
+        return False
+    return _answers(f"{stack.ray_address}/api/version", {"Authorization": f"Bearer {token}"})
 
 
 def _mlflow_answers(stack: Stack) -> bool:
@@ -373,11 +376,15 @@ def _answers(url: str, headers: Mapping[str, str]) -> bool:
     return False
 
 
+def _listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
+
+
 def _s3_answers(stack: Stack) -> bool:
     """Make the buckets; that they can be made is the proof."""
-    with socket.socket() as probe:
-        if probe.connect_ex((_HOST, stack.ports["s3"])):
-            return False
+    if not _listens(_HOST, stack.ports["s3"]):
+        return False
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

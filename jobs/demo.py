@@ -25,15 +25,20 @@ def main() -> int:
     began = time.monotonic()
     try:
         click.echo("1. local stack: Ray with a token, MLflow")
+        mine = local.current() is None
         stack = local.up(DATA, report=lambda line: click.echo(f"   {line}"))
         try:
             code = _train(stack)
         finally:
-            local.down()
+            if mine:
+                local.down()
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         return 2
-    click.echo(f"done in {time.monotonic() - began:.0f} s; the stack is stopped, everything is kept in {DATA}")
+    except KeyboardInterrupt:
+        return 130
+    stopped = "the stack is stopped" if mine else "the stack ran before and goes on"
+    click.echo(f"done in {time.monotonic() - began:.0f} s; {stopped}, everything is kept in {DATA}")
     click.echo(
         f"`.venv/bin/tessera up --data {DATA}` reopens it, `tessera ui` prints the links, `tessera down` stops it"
     )

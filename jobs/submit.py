@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cluster.profiles import Profile
 from datasets_prep.errors import UserError
 from jobs import package
-from jobs.plan import Plan
+from jobs.plan import Plan, check_resources
 from service.data.store import Store
 
 if TYPE_CHECKING:
@@ -49,18 +49,7 @@ def prepare(made: Plan, profile: Profile) -> None:
     """
     from service import tracking
 
-    config = made.config
-    workers, cpus = config.parallel.workers, config.parallel.workers * config.parallel.cpus_per_worker
-    if config.compute.device == "cuda" and profile.gpus < workers:
-        raise UserError(
-            f"compute.device=cuda and parallel.workers={workers} need {workers} GPUs, cluster {profile.name!r} has "
-            f"{profile.gpus:g}: use compute.device=cpu, fewer workers or another --cluster"
-        )
-    if cpus > profile.cpus:
-        raise UserError(
-            f"parallel.workers={workers} × parallel.cpus_per_worker={config.parallel.cpus_per_worker:g} needs {cpus:g} "
-            f"CPUs, cluster {profile.name!r} has {profile.cpus:g}: lower one of them"
-        )
+    check_resources(made.config, profile.cpus, profile.gpus)
     tracking.check(profile.tracking_uri)
 
 
@@ -89,7 +78,8 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
                 if job.status in ALIVE:
                     return submission("attached", job.submission_id)
             started = root.exists(f"{name}/state.json")
-            identifier = f"{name}-{len(jobs) + 1:02d}"
+            last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
+            identifier = f"{name}-{last + 1:02d}"
             client.submit_job(
                 entrypoint=f"python -m jobs.train {package.CONFIG_NAME}",
                 submission_id=identifier,
@@ -124,10 +114,11 @@ def job_client(profile: Profile) -> Generator[JobSubmissionClient]:
 
     try:
         client = JobSubmissionClient(profile.jobs_address)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"no Ray job API at {profile.jobs_address}: {str(error).splitlines()[0]}") from error
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    yield client
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        yield client
+    except (RuntimeError, OSError) as error:  # what Ray's client raises for refusals and broken connections
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Ray's job API at {profile.jobs_address} failed: {reason}") from error
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:

@@ -22,7 +22,7 @@ from datasets_prep.errors import UserError
 from jobs import package, plan, recipes
 from service.config import RunConfig
 from service.data.store import Store
-from service.engine.lease import Lease, LeaseLost, RunAlive
+from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease
 
 RESULT, STATE = "result.json", "state.json"
 STANDBY_SECONDS = 5.0
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunAlive, LeaseLost) as error:
+    except LeaseLost as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except WorkersFailed as error:
@@ -97,8 +97,11 @@ def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, A
             if not run.exists(RESULT):
                 fit(made.config, payload)
             result = json.loads(run.get(RESULT))
+            check_lease(run, lease.epoch)
             result |= register(run, tracking_uri, state, made.config)
+            check_lease(run, lease.epoch)
         except BaseException as error:
+            check_lease(run, lease.epoch)  # a driver that was replaced leaves the MLflow run to its successor
             _end_tracking(tracking_uri, state["mlflow_run"], "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         run.put(RESULT, json.dumps(result, indent=1).encode())
@@ -176,9 +179,8 @@ def fit(config: RunConfig, payload: Payload) -> None:
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # else every line of a worker shows twice
     if not ray.is_initialized():
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    gpu = config.compute.device == "cuda" or (
-        config.compute.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
+    there = ray.cluster_resources()
+    gpu = plan.check_resources(config, there.get("CPU", 0), there.get("GPU", 0))
     resources = {"CPU": config.parallel.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
     with tempfile.TemporaryDirectory(prefix="tessera-ray-") as scratch:  # Ray wants a place; nothing of ours goes there
         trainer = TorchTrainer(

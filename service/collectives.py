@@ -65,6 +65,15 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllGatherRows.apply(x)  # pyright: ignore[reportReturnType]
 
 
+def from_rank_0(value: Any) -> Any:
+    """Give every rank what rank 0 passed: a small object that can be pickled."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 @torch.no_grad()
 def mean_over_ranks(x: Tensor) -> Tensor:
     """Average a detached tensor over ranks, for reporting."""

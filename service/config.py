@@ -99,8 +99,15 @@ class Data(Frozen):
     mode: Literal["auto", "resident", "stream"] = Field("auto", description="resident: decode once into memory")
     resident_gb: Positive = Field(4.0, description="largest decoded training split that `auto` keeps in memory, in GB")
     cache_gb: Positive = Field(20.0, description="byte budget of a node's shard cache, in GB")
-    workers: Count = Field(2, description="processes that decode images in parallel")
+    workers: Count = Field(2, description="threads that decode images in parallel")
     augment: Augment = Augment()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> Data:
+        splits = [self.train_split, self.val_split, self.test_split]
+        if len(set(splits)) < len(splits):
+            raise ValueError(f"train_split, val_split, test_split={splits} must differ: scores need unseen samples")
+        return self
 
 
 class ResNet(Frozen):
@@ -253,8 +260,10 @@ class Checkpoint(Frozen):
 class Tracking(Frozen):
     """What MLflow is told."""
 
-    experiment: str = "tessera"
-    model: str | None = Field(None, description="registered model name; none takes the recipe's name")
+    experiment: str = Field("tessera", min_length=1)
+    model: str | None = Field(
+        None, pattern=r"^[\w.-]+$", description="registered model name; none takes the recipe's name"
+    )
     log_every: StepInterval = "10 steps"
 
 

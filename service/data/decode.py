@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,16 @@ except ImportError:  # Pillow decodes JPEG too, at about three quarters of the s
 
 Image.MAX_IMAGE_PIXELS = 178_956_970  # Pillow warns above this many pixels and refuses twice as many
 
+DECODER = f"1-{'pillow' if simplejpeg is None else 'turbo'}"  # part of caches' names: raise it when pixels change
+
 Pixels = NDArray[np.uint8]
 
 
 def decode_rgb(data: bytes | memoryview) -> Pixels:
     """Decode to RGB, (H, W, 3); raises ValueError for anything that is not a whole image."""
     if simplejpeg is not None and bytes(data[:2]) == b"\xff\xd8":
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        with suppress(ValueError):  # CMYK and slightly damaged files, which Pillow reads
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))

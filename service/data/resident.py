@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets_prep.errors import UserError
+from service.data.decode import DECODER
 from service.data.plan import SamplePlan
 from service.data.split import DataSplit, decode_sample, decode_side
 
@@ -57,7 +58,7 @@ def load_images(split: DataSplit, image_size: int, workers: int) -> NDArray[np.u
     side = decode_side(split, image_size)
     folder = cache_root() / "resident"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{split.index.fingerprint}-{split.name}-{side}.npy"
+    path = folder / f"{split.index.fingerprint}-{split.name}-{side}-{DECODER}.npy"
     with open(folder / f"{path.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first process decodes, the others of the node wait and map its file
         if not path.exists():

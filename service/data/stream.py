@@ -37,7 +37,7 @@ class ShardCache:
     def fetch(self, shard: Shard) -> mmap.mmap:
         """Map a shard's tar, fetching it first when it is not here."""
         path = self.folder / f"{shard.sha256}.tar"
-        with open(self.folder / f"{shard.sha256}.lock", "w") as lock:
+        with open(self.folder / "lock", "w") as lock:  # one for the folder: what is found here is not evicted meanwhile
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 data = self.split.shard_bytes(shard)

@@ -1,11 +1,11 @@
 """Full training state in the run's storage: written in the background, committed by a marker that is written last.
 
-    checkpoints/step-00000120/<files of torch.distributed.checkpoint>
-    checkpoints/step-00000120/COMMIT.json    step, environment, lease epoch, SHA-256 of every file
+    checkpoints/step-00000120-lease-0001/<files of torch.distributed.checkpoint>
+    checkpoints/step-00000120-lease-0001/COMMIT.json    step, environment, lease epoch, SHA-256 of every file
 
-A folder without its marker is a torn write and is never read. The metadata of `torch.distributed.checkpoint` is a
-pickle: it is read from the run's own storage only, after its checksum held. Under DDP all ranks hold the same state
-and no generator needs saving, so rank 0 writes for all.
+A folder without its marker is a torn write and is never read; drivers of different leases never share a folder. The
+metadata of `torch.distributed.checkpoint` is a pickle: it is read from the run's own storage only, after its checksum
+held. Under DDP all ranks hold the same state and no generator needs saving, so rank 0 writes for all.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from datasets_prep.errors import UserError
-from service.data.store import Store
+from service.collectives import from_rank_0, rank
+from service.data.store import NotFound, Store
 
 MARKER = "COMMIT.json"
 log = logging.getLogger(__name__)
+
+
+class Damaged(RuntimeError):
+    """A committed checkpoint lacks a file or has another than its marker says."""
 
 
 @dataclass
@@ -64,14 +68,15 @@ class Checkpoints:
     Args:
         store: the run's `checkpoints/`.
         environment: of this worker, recorded and compared.
-        before_commit: called right before each commit; raises when this driver may no longer write.
+        before_write: called before a checkpoint's files are stored and again before it commits; raises when this driver
+            may no longer write.
         lease_epoch: recorded in the marker.
         keep_last: committed checkpoints that stay.
     """
 
     store: Store
     environment: dict[str, str | int]
-    before_commit: Callable[[], None]
+    before_write: Callable[[], None]
     lease_epoch: int
     keep_last: int
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -89,7 +94,8 @@ class Checkpoints:
             pending.result()
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        folder = f"step-{step:08d}"
+        self.before_write()
+        folder = f"step-{step:08d}-lease-{self.lease_epoch:04d}"
         with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
             with _one_process():
                 dcp.save(state, storage_writer=dcp.FileSystemWriter(local, sync_files=False), no_dist=True)
@@ -98,48 +104,63 @@ class Checkpoints:
             for path, name in zip(files, hashes, strict=True):
                 self.store.put(f"{folder}/{name}", path)
         marker = {"step": step, "lease_epoch": self.lease_epoch, "environment": self.environment, "files": hashes}
-        self.before_commit()
+        self.before_write()
         self.store.put(f"{folder}/{MARKER}", json.dumps(marker, indent=1).encode())
         for old in self.committed()[: -self.keep_last]:
             self._remove(old)
 
-    def _remove(self, step: int) -> None:
-        folder = f"step-{step:08d}/"
-        self.store.delete(folder + MARKER)  # first, so that a torn removal is no checkpoint
+    def _remove(self, folder: str) -> None:
+        self.store.delete(f"{folder}/{MARKER}")  # first, so that a torn removal is no checkpoint
         for name in self.store.list(folder):
             self.store.delete(name)
 
-    def committed(self) -> list[int]:
-        """Steps of the committed checkpoints, ascending."""
-        markers = [name for name in self.store.list() if name.endswith("/" + MARKER)]
-        return sorted(int(name.split("/")[-2].removeprefix("step-")) for name in markers)
+    def committed(self) -> list[str]:
+        """Folders of the committed checkpoints, by step and lease, ascending."""
+        return sorted(name.removesuffix(f"/{MARKER}") for name in self.store.list() if name.endswith(f"/{MARKER}"))
+
+    def newest_step(self) -> int:
+        """Step of the newest committed checkpoint, 0 when there is none."""
+        return max((int(folder.split("-")[1]) for folder in self.committed()), default=0)
 
     def restore(self, state: TrainingState) -> int:
-        """Load the newest sound checkpoint into `state`; returns its step, 0 when there is none."""
-        for step in reversed(self.committed()):
-            with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
-                try:
-                    marker = self._fetch(step, Path(local))
-                except UserError as error:
-                    log.warning("checkpoint of step %d is unusable (%s): falling back to the one before", step, error)
-                    continue
-                loaded = state.plain()
-                with _one_process():
-                    dcp.load(loaded, storage_reader=dcp.FileSystemReader(local), no_dist=True)
-                state.restore(loaded)
-            self._compare(marker["environment"])
-            return step
-        return 0
+        """Load the newest sound checkpoint into `state`, one for all ranks; returns its step, 0 if there is none."""
+        folder = from_rank_0(self._restore_newest(state) if rank() == 0 else None)
+        if folder is None:
+            return 0
+        if rank() != 0:
+            self._load(folder, state)
+        return int(folder.split("-")[1])
 
-    def _fetch(self, step: int, local: Path) -> dict[str, Any]:
-        folder = f"step-{step:08d}"
+    def _restore_newest(self, state: TrainingState) -> str | None:
+        for folder in reversed(self.committed()):
+            try:
+                self._load(folder, state)
+                return folder
+            except Damaged as error:
+                log.warning("checkpoint %s is unusable (%s): removed, falling back to the one before", folder, error)
+                self._remove(folder)  # or it would count among the newest, and push sound ones out
+        return None
+
+    def _load(self, folder: str, state: TrainingState) -> None:
+        with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
+            marker = self._fetch(folder, Path(local))
+            loaded = state.plain()
+            with _one_process():
+                dcp.load(loaded, storage_reader=dcp.FileSystemReader(local), no_dist=True)
+            state.restore(loaded)
+        self._compare(marker["environment"])
+
+    def _fetch(self, folder: str, local: Path) -> dict[str, Any]:
         marker = json.loads(self.store.get(f"{folder}/{MARKER}"))
         for name, expected in marker["files"].items():
             path = local / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.store.get(f"{folder}/{name}"))
+            try:
+                path.write_bytes(self.store.get(f"{folder}/{name}"))
+            except NotFound as error:
+                raise Damaged(str(error)) from error
             if _sha256(path) != expected:
-                raise UserError(f"{self.store.uri}/{folder}/{name} differs from its checksum in {MARKER}")
+                raise Damaged(f"{self.store.uri}/{folder}/{name} differs from its checksum in {MARKER}")
         return marker
 
     def _compare(self, then: dict[str, Any]) -> None:

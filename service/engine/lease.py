@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from datasets_prep.errors import UserError
+
 if TYPE_CHECKING:
     from service.data.store import Store
 
@@ -27,7 +29,7 @@ class LeaseLost(RuntimeError):
     """Another driver has taken over the run; this one must stop without writing."""
 
 
-class RunAlive(RuntimeError):
+class RunAlive(UserError):
     """Another driver holds the run and is alive."""
 
     def __init__(self, holder: Holder) -> None:
@@ -70,9 +72,8 @@ def newest_epoch(run: Store) -> int:
     return max((int(name.split("/")[-1].removesuffix(".json")) for name in names), default=0)
 
 
-def living_holder(run: Store) -> Holder | None:
-    """Holder of the newest lease if it has neither released it, nor died, nor fallen silent."""
-    epoch = newest_epoch(run)
+def living_holder(run: Store, epoch: int) -> Holder | None:
+    """Holder of the lease `epoch` if it has neither released it, nor died, nor fallen silent."""
     if epoch == 0:
         return None
     holder = Holder(**json.loads(run.get(_name(epoch))))
@@ -88,9 +89,10 @@ class Lease:
     def __init__(self, run: Store, job: str | None = None) -> None:
         """Take the next epoch; raises RunAlive when the present holder lives."""
         self.run = run
-        if (holder := living_holder(run)) is not None:
+        newest = newest_epoch(run)  # asked once: who finds N dead may only take N + 1
+        if (holder := living_holder(run, newest)) is not None:
             raise RunAlive(holder)
-        self.epoch = newest_epoch(run) + 1
+        self.epoch = newest + 1
         self._beat()
         mine = json.dumps(asdict(Holder.me(job))).encode()
         if not run.create(_name(self.epoch), mine):
@@ -113,8 +115,6 @@ class Lease:
         self.run.put(f"lease/{self.epoch:06d}.beat", str(time.time()).encode())
 
     def _renew(self) -> None:
-        from datasets_prep.errors import UserError
-
         while not self._stop.wait(BEAT_SECONDS):
             try:
                 self._beat()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from service.collectives import mean_over_ranks
 from service.config import RunConfig, parse_interval
@@ -25,6 +24,7 @@ from service.data.augment import random_view
 from service.data.batches import make_plan, open_batches
 from service.data.split import DataSplit, read_index
 from service.data.store import Store
+from service.engine.average import WeightAverage
 from service.engine.checkpoint import Checkpoints, TrainingState
 from service.engine.lease import check_lease
 from service.engine.worker import Worker, distribute, place, share_buffers, start_worker
@@ -109,11 +109,7 @@ class Trainer:
         options = config.optim.model_dump(exclude={"kind", "clip_norm"})
         self.optimizer = build_optimizer(config.optim.kind, self.module, **options)
         ema = config.eval.weight_ema
-        self.averaged = (
-            None
-            if ema is None
-            else AveragedModel(self.family.encoder, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
-        )
+        self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
         self.state = TrainingState(self.module, self.optimizer, self.averaged)
 
     @property
@@ -134,7 +130,7 @@ class Trainer:
         self.optimizer.step()
         self.family.after_step(step)
         if self.averaged is not None:
-            self.averaged.update_parameters(self.family.encoder)
+            self.averaged.update(self.family.encoder)
         return losses
 
     def lr(self, step: int) -> float:
@@ -176,7 +172,7 @@ def train(
         config: of the run, `data.mode` resolved or not.
         run: its storage; newer drivers fence this one off through it.
         rows: takes rank 0's metric rows.
-        flush: stores the rows taken so far; called before a checkpoint commits, so that a resumed run's curves have
+        flush: stores the rows taken so far; called before a checkpoint is written, so that a resumed run's curves have
             no gap.
 
     Returns:
@@ -192,12 +188,12 @@ def train(
     family = place(build_family(config), worker, config.compute, config.parallel)
     trainer = Trainer(config, worker, family, Length.of(config, plan.steps_per_epoch))
 
-    def before_commit() -> None:
+    def before_write() -> None:
         flush()
         run.fence()
 
     checkpoints = Checkpoints(
-        run.store.sub("checkpoints"), worker.environment(), before_commit, run.lease_epoch, config.checkpoint.keep_last
+        run.store.sub("checkpoints"), worker.environment(), before_write, run.lease_epoch, config.checkpoint.keep_last
     )
     start = checkpoints.restore(trainer.state)
     if start and worker.rank == 0:
@@ -257,6 +253,7 @@ def _steps(
             _check_finite(_norm(trainer.module), done, checkpoints)
             checkpoints.save(done, trainer.state)
         if rank == 0 and snapshot_due(done):
+            run.fence()
             run.store.put(f"snapshots/step-{done:08d}.safetensors", _weights(trainer.evaluated))
 
 
@@ -293,10 +290,9 @@ def _check_finite(value: float, done: int, checkpoints: Checkpoints) -> None:
     if math.isfinite(value):
         return
     checkpoints.wait()
-    good = checkpoints.committed()
     raise TrainingFailed(
         f"the loss or a weight is {value} after step {done}: lower optim.lr, set optim.clip_norm=1.0 or lengthen "
-        f"schedule.warmup_epochs; the last good checkpoint is of step {good[-1] if good else 0}"
+        f"schedule.warmup_epochs; the last good checkpoint is of step {checkpoints.newest_step()}"
     )
 
 

@@ -20,7 +20,7 @@ from service.evaluate.report import Scores, evaluate_features, gains, percentage
 from service.models.encoder import build_encoder
 
 _DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
-PROTOCOL = "linear-v1"  # names what `val_linear` measures; scores compare only under one name
+_VERSION = "linear-v1"
 
 
 def random_encoder(config: RunConfig) -> nn.Module:
@@ -57,7 +57,10 @@ class Protocol:
     def final(self, encoder: nn.Module) -> dict[str, Any]:
         """Validation scores, and the table raw pixels / random encoder / trained on the reported split."""
         reported = self.reported_split
-        head = {"protocol": PROTOCOL, "reported_split": reported}
+        data = self.config.data
+        # Names what `val_linear` measures: encoders compare only under one name.
+        protocol = f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.image_size}px"
+        head = {"protocol": protocol, "reported_split": reported}
         return self.validation(encoder) | head | self.table(encoder, reported)
 
     def table(self, encoder: nn.Module, split: str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def test_all_errors_come_at_once_with_the_nearest_names():
         ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'sgd', 'adamw'"),
         ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),
         ("data.augment.crop_scale=[0.1,1.5]", "a crop cannot exceed its image"),
+        ("data.val_split=train", "must differ: scores need unseen samples"),
+        ("tracking.model=team/vit", "tracking.model='team/vit'"),
         ("schedule.min_lr=9", "must not exceed optim.lr"),
         ("tracking.log_every=3 minutes", "in steps or epochs"),
         ("checkpoint.every=0 steps", "positive number and a unit"),

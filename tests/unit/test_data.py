@@ -129,6 +129,13 @@ def test_a_damaged_object_is_named(copy, name):
         split.shard_bytes(split.rows.shards[0]), split.sidecar(split.rows.shards[0]), split.labels  # noqa: B018
 
 
+def test_labels_that_evaluation_needs_are_asked_for_first(digits):
+    with pytest.raises(UserError, match="labels_per_class=.*the smallest class .* has 113 samples in 'train'"):
+        plan.make(tiny(digits, eval__labels_per_class=[1, 500]))
+    with pytest.raises(UserError, match="raise data.cache_gb"):
+        plan.make(tiny(digits, data__mode="stream", data__cache_gb=1e-6))
+
+
 def test_too_small_a_split_says_what_fits(digits):
     with pytest.raises(UserError, match="the split has 1167: lower data.batch_size or data.partitions"):
         plan.make(tiny(digits, data__batch_size=2048))

@@ -15,6 +15,7 @@ import pytest
 from cluster import local
 from jobs import submit
 from service.data.store import Store
+from service.engine.checkpoint import Checkpoints
 from tests.configs import TINY
 
 pytestmark = pytest.mark.distributed
@@ -149,23 +150,23 @@ def wait_until(condition, seconds=120):
 
 def test_killed_and_resubmitted_is_bitwise_the_undisturbed_run(stack, tessera, digits):
     """SIGKILL of the driver in mid-run; a second driver waits meanwhile; the same command resumes."""
-    settings = [*SMALL, "schedule.steps=80", "checkpoint.every=10 steps", "compute.deterministic=true"]
+    settings = [*SMALL, "schedule.steps=300", "checkpoint.every=10 steps", "compute.deterministic=true"]
     command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
     started = json.loads(tessera(*command, "--no-follow", "--json"))
     store = runs(stack, started["run"])
-    wait_until(lambda: store.exists("checkpoints/step-00000020-lease-0001/COMMIT.json"))
     attached = json.loads(tessera(*command, "--no-follow", "--json"))
     assert (attached["state"], attached["job"]) == ("attached", started["job"])
+    wait_until(lambda: newest_step(store) >= 20)
     os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
     with submit.job_client(_profile()) as client:
         wait_until(lambda: client.get_job_status(started["job"]).is_terminal())
     assert not store.exists("result.json")
     resumed = json.loads(tessera(*command, "--json").splitlines()[-1])
-    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 80
+    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 300
     undisturbed = json.loads(tessera(*command, "--new", "--json").splitlines()[-1])
     assert undisturbed["run"] != resumed["run"] and undisturbed["resumed_from"] == 0
     expected, got = rows(runs(stack, undisturbed["run"])), rows(store)
-    assert set(expected) == set(got) == set(range(1, 81))
+    assert set(expected) == set(got) == set(range(1, 301))
     assert all(len(values) == 1 for values in expected.values())
     assert got == expected  # steps taken twice, before the kill and after it, had the same loss too
     assert undisturbed["scores"] == resumed["scores"]
@@ -173,7 +174,7 @@ def test_killed_and_resubmitted_is_bitwise_the_undisturbed_run(stack, tessera, d
 
 
 def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
-    settings = [*SMALL, "schedule.steps=120", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
+    settings = [*SMALL, "schedule.steps=500", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
     started = json.loads(tessera("submit", "demo", *settings, "--no-follow", "--json"))
     store = runs(stack, started["run"])
     wait_until(lambda: store.exists("lease/000001.json"))
@@ -186,17 +187,22 @@ def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
         assert second.stdout is not None
         assert second.stdout.readline().strip() == f"run {started['run']}"
         assert second.stdout.readline().startswith(f"attached: the run is held by job {started['job']}")
-        wait_until(lambda: store.exists("checkpoints/step-00000020-lease-0001/COMMIT.json"))
+        wait_until(lambda: newest_step(store) >= 20)
         assert leases(store) == ["lease/000001.json"]
         os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
         out, _ = second.communicate(timeout=200)
     finally:
         second.kill()
-    assert second.returncode == 0 and "finished 120 steps" in out
+    assert second.returncode == 0 and "finished 500 steps" in out
     assert leases(store) == ["lease/000001.json", "lease/000002.json"]
     result = json.loads(store.get("result.json"))
     assert result["resumed_from"] >= 20 and result["model_uri"].startswith("models:/demo/")
-    assert all(len(values) == 1 for values in rows(store).values()) and set(rows(store)) == set(range(1, 121))
+    assert all(len(values) == 1 for values in rows(store).values()) and set(rows(store)) == set(range(1, 501))
+
+
+def newest_step(store):
+    """Step of the newest committed checkpoint."""
+    return Checkpoints(store.sub("checkpoints"), {}, lambda: None, 0, 1).newest_step()
 
 
 def leases(store):

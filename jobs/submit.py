@@ -19,6 +19,7 @@ from cluster.profiles import Profile
 from datasets_prep.errors import UserError
 from jobs import package
 from jobs.plan import Plan, check_resources
+from jobs.train import RESULT, STATE, is_finished
 from service.data.store import Store
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 ALIVE = ("PENDING", "RUNNING")
 _RAY_PREFIX = re.compile(r"^(\x1b\[[0-9;]*m)*\([^)]*pid=\d+[^)]*\)(\x1b\[[0-9;]*m)* ?")
-_RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
         built = package.build(made.config, folder)
         name, config = package.run_name(made.config, made.index.fingerprint, built.code), made.config
         root = Store(profile.storage_uri)
-        while new and root.exists(f"{name}/{_RESULT}"):
+        while new and root.exists(f"{name}/{RESULT}"):
             config = config.model_copy(update={"repeat": config.repeat + 1})
             name = package.run_name(config, made.index.fingerprint, built.code)
         (folder / package.CONFIG_NAME).write_text(json.dumps(config.plain(), indent=1))
@@ -70,14 +70,14 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
 
         if dry_run:
             return submission("planned")
-        if (result := read_result(root, name)) is not None and "model_uri" in result:
+        if is_finished(root.sub(name)):
             return submission("finished")
         with job_client(profile) as client:
             jobs = jobs_of(client, name)
             for job in jobs:
                 if job.status in ALIVE:
                     return submission("attached", job.submission_id)
-            started = root.exists(f"{name}/state.json")
+            started = root.exists(f"{name}/{STATE}")
             last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
             identifier = f"{name}-{last + 1:02d}"
             client.submit_job(
@@ -102,7 +102,7 @@ def _job_environment(profile: Profile, job: str, commit: str | None) -> dict[str
 
 def read_result(root: Store, run: str) -> dict[str, Any] | None:
     """Result of a run, None while there is none."""
-    name = f"{run}/{_RESULT}"
+    name = f"{run}/{RESULT}"
     return json.loads(root.get(name)) if root.exists(name) else None
 
 

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 try:
     import simplejpeg
-except ImportError:  # Pillow decodes JPEG too, at about three quarters of the speed
+except ImportError:  # Pillow decodes JPEG too, only slower
     simplejpeg = None
 
 Image.MAX_IMAGE_PIXELS = 178_956_970  # Pillow warns above this many pixels and refuses twice as many

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from tests.bench._report import close
+from tests.bench.image_step import published_view
 
 SOURCE = Path("../shared/data")
 PEER = "plain single-process loop, 1.2 M ResNet, per-image torchvision views, fp32 (re-implemented), same wall time"
@@ -47,18 +47,7 @@ class Views(Dataset):
         from PIL import Image
 
         self.images = [Image.fromarray(image) for image in images.transpose(0, 2, 3, 1)]
-        self.view = v2.Compose(
-            [
-                v2.RandomResizedCrop(32, scale=(0.2, 1.0)),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomSolarize(128, 0.1),
-                v2.RandomHorizontalFlip(),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
+        self.view = published_view()
 
     def __len__(self):
         return len(self.images)

@@ -40,6 +40,22 @@ def ours(images, precision):
 LENGTH = Length(100, 1000, 10)
 
 
+def published_view():
+    """One random view of one image, as the published loops draw it."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(32, scale=(0.2, 1.0)),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomSolarize(128, 0.1),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
 class Views(Dataset):
     """Two views of each image, drawn one image at a time as the published loops do."""
 
@@ -47,18 +63,7 @@ class Views(Dataset):
         from PIL import Image
 
         self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-        self.view = v2.Compose(
-            [
-                v2.RandomResizedCrop(32, scale=(0.2, 1.0)),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomSolarize(128, 0.1),
-                v2.RandomHorizontalFlip(),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
+        self.view = published_view()
 
     def __len__(self):
         return BATCH * STEPS

@@ -93,6 +93,10 @@ class Data(Frozen):
     val_split: str = Field("val", description="split that chooses: champion, best snapshots, sweeps")
     test_split: str = Field("test", description="split that is reported once, at the end")
     image_size: Annotated[int, Field(ge=8)] = Field(32, description="side of the square views in pixels")
+    eval_image_size: Annotated[int, Field(ge=8)] = Field(
+        default_factory=lambda data: data.get("image_size", 32),
+        description="side in pixels at evaluation and serving; image_size if not given (Touvron et al. 2019)",
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(256, description="samples of one global step, over all workers")
     partitions: Count = Field(64, description="canonical partitions of the plan, lowered until they divide the batch")
     window: Count = Field(4096, description="samples of one partition that are shuffled together")
@@ -101,6 +105,11 @@ class Data(Frozen):
     cache_gb: Positive = Field(20.0, description="byte budget of a node's shard cache, in GB")
     workers: Count = Field(2, description="threads that decode images in parallel")
     augment: Augment = Augment()  # pyright: ignore[reportCallIssue]
+
+    @property
+    def largest_side(self) -> int:
+        """Side in pixels of the largest squares that any encoder is given: what images are decoded for."""
+        return max(self.image_size, self.eval_image_size)
 
     @model_validator(mode="after")
     def _splits_differ(self) -> Data:
@@ -114,7 +123,7 @@ class ResNet(Frozen):
     """Residual network (He et al. 2015)."""
 
     kind: Literal["resnet"] = "resnet"
-    depth: Literal[10, 18, 34, 50] = 18
+    depth: Literal[8, 10, 18, 20, 34, 50] = 18
     width: Count = Field(64, description="channels of the first stage; each later stage doubles them")
     stem: Literal["32px", "64px", "224px"] = Field(
         "32px", description="images it is for: 3×3 convolution, 3×3 of stride 2, 7×7 of stride 2 and max-pool"
@@ -302,6 +311,11 @@ class RunConfig(Frozen):
         if isinstance(encoder, ViT) and self.data.image_size % encoder.patch_size:
             raise ValueError(
                 f"family.encoder.patch_size={encoder.patch_size} does not divide data.image_size={self.data.image_size}"
+            )
+        if isinstance(encoder, ViT) and self.data.eval_image_size != self.data.image_size:
+            raise ValueError(
+                f"data.eval_image_size={self.data.eval_image_size} differs from "
+                f"data.image_size={self.data.image_size}, and a ViT's positions belong to one size: leave it out"
             )
         if self.schedule.min_lr > self.optim.lr or self.schedule.start_lr > self.optim.lr:
             raise ValueError(

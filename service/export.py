@@ -55,7 +55,7 @@ def load_encoder(folder: Path) -> nn.Module:
 def export_program(folder: Path) -> Path:
     """Write `model.pt2` (torch.export) beside the weights: uint8 (B, S, S, 3) → float32 (B, D), any batch size B."""
     config = read_config(folder)
-    size = config.data.image_size
+    size = config.data.eval_image_size
     served = ServedEncoder(load_encoder(folder), size).eval()
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
@@ -69,7 +69,7 @@ class PyfuncEncoder:
     """What MLflow's pyfunc loads: numpy in, numpy out."""
 
     def __init__(self, folder: Path) -> None:
-        self._served = ServedEncoder(load_encoder(folder), read_config(folder).data.image_size).eval()
+        self._served = ServedEncoder(load_encoder(folder), read_config(folder).data.eval_image_size).eval()
 
     def predict(self, images: NDArray[np.uint8], params: dict[str, Any] | None = None) -> NDArray[np.float32]:
         """Encode uint8 images (B, H, W, 3) to (B, D)."""

@@ -28,7 +28,7 @@ def open_batches(
 ) -> ResidentBatches | StreamBatches:
     """Open the reader of a training split; refuses a cache that the plan would thrash."""
     if resolve_mode(split, data) == "resident":
-        return ResidentBatches(load_images(split, data.image_size, data.workers), plan, device)
+        return ResidentBatches(load_images(split, data.largest_side, data.workers), plan, device)
     largest = max(shard.bytes for shard in split.rows.shards)
     check_cache(plan, budget_bytes=data.cache_gb * 1e9, shard_bytes=largest, hosts=hosts)
     return StreamBatches(
@@ -39,11 +39,11 @@ def open_batches(
 def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[Tensor]:
     """Yield samples `start` … `stop − 1` in id order, once each, as (≤ batch, 3, H, W) uint8 on the CPU."""
     if resolve_mode(split, data) == "resident":
-        images = load_images(split, data.image_size, data.workers)
+        images = load_images(split, data.largest_side, data.workers)
         for first in range(start, stop, batch):
             yield torch.from_numpy(images[first : min(first + batch, stop)])
         return
-    side = decode_side(split, data.image_size)
+    side = decode_side(split, data.eval_image_size)
     numbers, rows = locate(split.shard_samples, np.arange(start, stop))
     with ThreadPoolExecutor(data.workers) as pool:
         for number in dict.fromkeys(numbers.tolist()):

@@ -109,7 +109,7 @@ def resolve_mode(split: DataSplit, data: Data) -> Literal["resident", "stream"]:
     """Decide `auto`: resident when the decoded split fits `data.resident_gb`."""
     if data.mode != "auto":
         return data.mode
-    decoded = split.samples * 3 * decode_side(split, data.image_size) ** 2
+    decoded = split.samples * 3 * decode_side(split, data.largest_side) ** 2
     return "resident" if decoded <= data.resident_gb * 1e9 else "stream"
 
 

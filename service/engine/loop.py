@@ -302,7 +302,7 @@ def _weights(encoder: nn.Module) -> bytes:
 
 def _keep_encoder(store: Store, encoder: nn.Module, config: RunConfig, scores: dict[str, Any]) -> None:
     """Write what registration and serving load: weights, config, preprocessing, scores."""
-    described = describe_preprocessing(config.data.image_size, encoder.dim)  # pyright: ignore[reportArgumentType]
+    described = describe_preprocessing(config.data.eval_image_size, encoder.dim)  # pyright: ignore[reportArgumentType]
     store.put(WEIGHTS, _weights(encoder))
     store.put(CONFIG, json.dumps(config.plain(), indent=1).encode())
     store.put(PREPROCESSING, json.dumps(described, indent=1).encode())

@@ -37,7 +37,7 @@ def extract(
     training = encoder.training
     encoder.eval()
     parts = [
-        _encode(encoder, images, data.image_size, compute, worker)
+        _encode(encoder, images, data.eval_image_size, compute, worker)
         for images in sequential(split, data, start, stop, batch_size)
     ]
     encoder.train(training)

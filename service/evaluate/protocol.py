@@ -59,7 +59,9 @@ class Protocol:
         reported = self.reported_split
         data = self.config.data
         # Names what `val_linear` measures: encoders compare only under one name.
-        protocol = f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.image_size}px"
+        protocol = (
+            f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.eval_image_size}px"
+        )
         head = {"protocol": protocol, "reported_split": reported}
         return self.validation(encoder) | head | self.table(encoder, reported)
 

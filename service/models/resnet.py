@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+_BLOCKS = {8: (1, 1, 1), 20: (3, 3, 3), 10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 _STEMS = {"32px": (3, 1, False), "64px": (3, 2, False), "224px": (7, 2, True)}  # kernel, stride, max-pool
 Norm = Callable[[int], nn.Module]
 
@@ -29,8 +29,8 @@ class _Basic(nn.Module):
         self.downsample = _shortcut(inputs, planes, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)).add_(self.downsample(x)), inplace=True)
 
 
 class _Bottleneck(nn.Module):
@@ -47,9 +47,9 @@ class _Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)).add_(self.downsample(x)), inplace=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
@@ -62,7 +62,7 @@ class ResNet(nn.Module):
     """(B, 3, H, W) → (B, `dim`), mean-pooled over the last grid.
 
     Args:
-        depth: 10, 18, 34 (basic blocks) or 50 (bottlenecks).
+        depth: 10, 18, 34 (basic blocks) or 50 (bottlenecks) in four stages; 8 or 20 in three, for small images (§4.2).
         width: channels of the first stage, doubled by each later one.
         stem: `32px` is a 3×3 convolution, `64px` one of stride 2, `224px` 7×7 of stride 2 and a max-pool.
         norm: batch norm, or group norm (32 groups or fewer) whose statistics no other sample enters.
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
         self.conv1 = _conv(3, width, kernel, stride)
         self.bn1 = make_norm(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
-        channels = width
+        self.stages, channels = len(_BLOCKS[depth]), width
         for stage, blocks in enumerate(_BLOCKS[depth]):
             planes, layers = width * 2**stage, []
             for i in range(blocks):
@@ -94,9 +94,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode (B, 3, H, W) to (B, dim)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for stage in range(1, self.stages + 1):
+            x = getattr(self, f"layer{stage}")(x)
         return x.mean((2, 3))
 
 

@@ -95,6 +95,8 @@ def test_impossible_values_name_the_fix(override, message):
 def test_vit_patches_must_tile_the_image():
     with pytest.raises(UserError, match="patch_size=5 does not divide data.image_size=32"):
         recipes.load("rapid", ["family.encoder.kind=vit", "family.encoder.patch_size=5"])
+    with pytest.raises(UserError, match="eval_image_size=64 differs from data.image_size=32"):
+        recipes.load("rapid", ["family.encoder.kind=vit", "data.eval_image_size=64"])
 
 
 def test_unknown_recipes_and_broken_files(tmp_path):

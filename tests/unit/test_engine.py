@@ -188,6 +188,17 @@ def test_what_a_run_keeps(digits, tmp_path):
     assert described["resize"] == [16, 16] and described["output"]["shape"] == [-1, 64]
 
 
+def test_an_encoder_is_evaluated_and_served_at_its_own_size(digits, tmp_path):
+    sizes = {}
+    for side in (16, 24):
+        config = tiny(digits, schedule__steps=2, data__eval_image_size=side, family__encoder__depth=8)
+        _, result = run(config, tmp_path / str(side))
+        described = json.loads(Store(tmp_path / str(side)).get("encoder/preprocessing.json"))
+        assert described["resize"] == [side, side] and result["protocol"].endswith(f"{side}px")
+        sizes[side] = result["scores"]["random_encoder"]
+    assert sizes[16] != sizes[24]
+
+
 def test_all_bad_samples_are_named_at_once(digits, tmp_path):
     index = read_index(Store(digits))
     split = DataSplit(Store(digits), index, "val")

@@ -6,6 +6,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index, Shard, Split
 from service.config import Data
 from service.data.decode import Pixels, decode_rgb, fit
 from service.data.store import NotFound, Store
+
+_parsing = Lock()  # numpy parses headers by `ast`, which in CPython 3.11 fails now and then in several threads at once
 
 
 def read_index(store: Store) -> Index:
@@ -97,7 +100,8 @@ class DataSplit:
     def sidecar(self, shard: Shard) -> NDArray[np.void]:
         """Rows (key, offset, size) of a shard's samples, checked against the index."""
         data = _checked(self.store, shard.sidecar, shard.sidecar_sha256)
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        with _parsing:
+            return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def decode_side(split: DataSplit, image_size: int) -> int:

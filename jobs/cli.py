@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from datasets_prep.errors import UserError
+from jobs import cli_data
+from jobs.terminal import as_json, emit, note, stack_environment
 
 if TYPE_CHECKING:
     from cluster.profiles import Profile
@@ -28,7 +29,6 @@ Examples:
   tessera down                                   stop what `up` started
 """
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON line, for programs.")
 on_cluster = click.option(
     "--cluster", default="local", show_default=True, help="Profile name, or a Ray job address http://host:port."
 )
@@ -53,11 +53,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-
-
-def emit(row: dict[str, Any]) -> None:
-    """Print one JSON line."""
-    click.echo(json.dumps(row, ensure_ascii=False, default=str))
 
 
 @cli.command(epilog="\b\nExamples:\n  tessera up\n  tessera up --data runs/demo\n  tessera up --s3")
@@ -133,75 +128,8 @@ def _links(as_json: bool) -> dict[str, str]:
     return links
 
 
-@cli.command(
-    epilog="\b\nExamples:\n  tessera shard digits --out data/digits\n"
-    "  tessera shard cifar10 --source ~/data --out s3://data/cifar10\n"
-    "  tessera shard imagefolder --source photos --out data/photos --dry-run"
-)
-@click.argument("source")
-@click.option("--source", "path", type=click.Path(path_type=Path), help="Folder or archive of the original data.")
-@click.option("--out", required=True, help="Folder or s3:// address to write to.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of order and validation cut.")
-@click.option("--shard-mb", type=click.IntRange(1), default=64, show_default=True, help="Largest shard, in MiB.")
-@click.option("--val-share", type=click.FloatRange(0, 0.5), default=0.1, show_default=True, help="Cut from train.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, write nothing.")
-@as_json
-def shard(
-    source: str, path: Path | None, out: str, seed: int, shard_mb: int, val_share: float, dry_run: bool, as_json: bool
-) -> None:
-    """Write SOURCE (digits, cifar10, imagefolder) as WebDataset shards with an index."""
-    from jobs import shard as sharding
-
-    options: dict[str, Any] = {"seed": seed, "shard_mb": shard_mb, "val_share": val_share}
-    _stack_environment()
-    if dry_run:
-        planned = sharding.estimate(source, out, path, **options)
-        if as_json:
-            emit(planned._asdict())
-            return
-        click.echo(
-            f"would write {planned.name}, {planned.classes} classes, to {out}: about {planned.bytes / 1e6:.1f} MB"
-        )
-        for name, samples in planned.samples.items():
-            click.echo(f"  {name:<8} {samples:>9,} samples")
-        return
-    with _progress(f"sharding {source}", "images") as advance:
-        index = sharding.shard(source, out, path, progress=advance, say=_note, **options)
-    counts = {name: split.samples for name, split in index.splits.items()}
-    if as_json:
-        emit({"out": out, "name": index.name, "fingerprint": index.fingerprint, "samples": counts})
-    else:
-        what = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        click.echo(f"{out}: {index.name}, {what}, fingerprint {index.fingerprint}")
-
-
-def _note(line: str) -> None:
-    click.echo(line, err=True)
-
-
-class _progress:  # noqa: N801  (reads as a function)
-    """Progress with rate and ETA on stderr; silent when that is not a terminal."""
-
-    def __init__(self, title: str, unit: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-        self._bar = Progress(
-            *columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-        )
-        self._task = self._bar.add_task(title, total=None)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        return self._advance
-
-    def _advance(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+for _command in cli_data.COMMANDS:
+    cli.add_command(_command)
 
 
 @cli.command(
@@ -258,7 +186,7 @@ def _follow(profile: Profile, run: str, job: str, as_json: bool) -> int:
         try:
             code = submitting.follow(client, job, _line_printer(as_json))
         except KeyboardInterrupt:
-            _note(f"\nthe job goes on: `tessera jobs logs {run}` follows it, `tessera jobs stop {run}` stops it")
+            note(f"\nthe job goes on: `tessera jobs logs {run}` follows it, `tessera jobs stop {run}` stops it")
             return 130
     if code == 0:
         _show_result(profile, run, as_json)
@@ -306,16 +234,6 @@ def _profile(cluster: str) -> Profile:
     profile = profiles.resolve(cluster)
     os.environ.update(profile.env)
     return profile
-
-
-def _stack_environment() -> None:
-    """Take over the local stack's addresses and keys, if one runs and the environment names no others."""
-    from cluster import local
-
-    stack = local.current()
-    if stack is not None:
-        for name, value in local.client_environment(stack).items():
-            os.environ.setdefault(name, value)
 
 
 @cli.group()
@@ -394,7 +312,7 @@ def stop(run: str, cluster: str) -> None:
 @as_json
 def evaluate(model: str, data: str | None, labels: tuple[int, ...], tracking_uri: str | None, as_json: bool) -> None:
     """Score a registered encoder MODEL (models:/NAME@ALIAS) beside raw pixels and random weights."""
-    _stack_environment()
+    stack_environment()
     from jobs.evaluate import evaluate as run_evaluation
 
     overrides = {"labels_per_class": labels} if labels else {}

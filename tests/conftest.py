@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,4 +52,18 @@ def digits(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("digits")
     shard("digits", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """Three hundred of the embedded digits as shards, for tests that are about the loop and not about scores."""
+    from datasets_prep.sources.digits import open_source
+    from datasets_prep.writer import write_dataset
+    from service.data.store import Store
+
+    whole = open_source()
+    folder = tmp_path_factory.mktemp("few_digits")
+    splits = {"train": whole.splits["train"][:300], "test": whole.splits["test"][:60]}
+    write_dataset(replace(whole, splits=splits), Store(folder))
     return folder

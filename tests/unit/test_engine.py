@@ -56,9 +56,9 @@ def one_thread():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lars", "sgd"])
-def test_n_plus_n_steps_are_bitwise_2n(digits, tmp_path, kind):
+def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, kind):
     options = {"optim__kind": kind, "schedule__start_lr": 0.0, "compute__deterministic": True}
-    config = tiny(digits, **options, schedule__steps=12, eval__weight_ema=0.9, checkpoint__every="5 steps")
+    config = tiny(few_digits, **options, schedule__steps=12, eval__weight_ema=0.9, checkpoint__every="5 steps")
     whole, result = run(config, tmp_path / "whole")
     before, nothing = run(config, tmp_path / "cut", die_after=8)
     wait_for(tmp_path / "cut/checkpoints/step-00000005-lease-0000/COMMIT.json")
@@ -73,14 +73,16 @@ def test_n_plus_n_steps_are_bitwise_2n(digits, tmp_path, kind):
         assert torch.equal(tensor, weights[1][name]), name
 
 
-def test_streaming_gives_the_losses_of_resident_data(digits, tmp_path):
-    resident, _ = run(tiny(digits, data__mode="resident", schedule__steps=4), tmp_path / "a")
-    streamed, _ = run(tiny(digits, data__mode="stream", schedule__steps=4), tmp_path / "b")
+def test_streaming_gives_the_losses_of_resident_data(few_digits, tmp_path):
+    resident, _ = run(tiny(few_digits, data__mode="resident", schedule__steps=4), tmp_path / "a")
+    streamed, _ = run(tiny(few_digits, data__mode="stream", schedule__steps=4), tmp_path / "b")
     assert losses(resident) == losses(streamed)
 
 
-def test_a_checkpoint_returns_every_tensor(digits, tmp_path):
-    config = tiny(digits, schedule__steps=3, eval__weight_ema=0.5, checkpoint__every="1 steps", checkpoint__keep_last=2)
+def test_a_checkpoint_returns_every_tensor(few_digits, tmp_path):
+    config = tiny(
+        few_digits, schedule__steps=3, eval__weight_ema=0.5, checkpoint__every="1 steps", checkpoint__keep_last=2
+    )
     run(config, tmp_path)
     store = Store(tmp_path / "checkpoints")
     checkpoints = checkpoint.Checkpoints(store, {}, lambda: None, 0, 2)
@@ -101,8 +103,8 @@ def test_a_checkpoint_returns_every_tensor(digits, tmp_path):
     assert plain[0]["optimizer"]["state"]["encoder.conv1.weight"]["step"] == 3
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_one_before(digits, tmp_path, caplog):
-    config = tiny(digits, schedule__steps=6, checkpoint__every="2 steps", checkpoint__keep_last=3)
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(few_digits, tmp_path, caplog):
+    config = tiny(few_digits, schedule__steps=6, checkpoint__every="2 steps", checkpoint__keep_last=3)
     whole, _ = run(config, tmp_path / "whole")
     run(config, tmp_path / "cut", die_after=5)
     newest = tmp_path / "cut/checkpoints/step-00000004-lease-0000"
@@ -115,8 +117,8 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(digits, tmp_path, cap
     assert f"checkpoint {newest.name} is unusable" in caplog.text and victim.name in caplog.text
 
 
-def test_a_torn_checkpoint_does_not_count(digits, tmp_path):
-    config = tiny(digits, schedule__steps=6, checkpoint__every="2 steps")
+def test_a_torn_checkpoint_does_not_count(few_digits, tmp_path):
+    config = tiny(few_digits, schedule__steps=6, checkpoint__every="2 steps")
     run(config, tmp_path, die_after=5)
     marker = tmp_path / "checkpoints/step-00000004-lease-0000/COMMIT.json"
     wait_for(marker)
@@ -124,43 +126,43 @@ def test_a_torn_checkpoint_does_not_count(digits, tmp_path):
     assert run(config, tmp_path)[1]["resumed_from"] == 2
 
 
-def test_a_fenced_driver_never_commits(digits, tmp_path):
+def test_a_fenced_driver_never_commits(few_digits, tmp_path):
     store = Store(tmp_path)
     with Lease(store) as first:
         pass
     with Lease(store) as second:
         assert (first.epoch, second.epoch) == (1, 2)
         with pytest.raises(LeaseLost, match="lease epoch 2 is newer than this driver's 1"):
-            run(tiny(digits, schedule__steps=2), tmp_path, lease_epoch=first.epoch)
+            run(tiny(few_digits, schedule__steps=2), tmp_path, lease_epoch=first.epoch)
         assert store.list("checkpoints") == [n for n in store.list("checkpoints") if not n.endswith("COMMIT.json")]
         assert not store.exists("result.json")
-        assert run(tiny(digits, schedule__steps=2), tmp_path, lease_epoch=second.epoch)[1]["steps"] == 2
+        assert run(tiny(few_digits, schedule__steps=2), tmp_path, lease_epoch=second.epoch)[1]["steps"] == 2
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_a_cure(digits, tmp_path):
-    config = tiny(digits, optim__kind="sgd", optim__lr=1e18, schedule__warmup_epochs=0, schedule__steps=8)
+def test_a_loss_that_is_no_number_stops_the_run_with_a_cure(few_digits, tmp_path):
+    config = tiny(few_digits, optim__kind="sgd", optim__lr=1e18, schedule__warmup_epochs=0, schedule__steps=8)
     with pytest.raises(loop.TrainingFailed, match="lower optim.lr.*last good checkpoint is of step 0"):
         run(config, tmp_path)
     assert not any(name.endswith("COMMIT.json") for name in Store(tmp_path).list("checkpoints"))
 
 
-def test_the_kept_encoder_is_the_average_of_the_weights(digits, tmp_path):
+def test_the_kept_encoder_is_the_average_of_the_weights(few_digits, tmp_path):
     name, decay = "conv1.weight", 0.75
-    config = tiny(digits, schedule__steps=3, checkpoint__snapshot_every="1 steps")
+    config = tiny(few_digits, schedule__steps=3, checkpoint__snapshot_every="1 steps")
     torch.manual_seed(config.seed)
     averaged = loop.build_family(config).encoder.state_dict()[name]
     run(config, tmp_path / "plain")
     for step in (1, 2, 3):
         weights = load(Store(tmp_path / "plain").get(f"snapshots/step-{step:08d}.safetensors"))[name]
         averaged = decay * averaged + (1 - decay) * weights
-    run(tiny(digits, schedule__steps=3, eval__weight_ema=decay), tmp_path / "ema")
+    run(tiny(few_digits, schedule__steps=3, eval__weight_ema=decay), tmp_path / "ema")
     got = load(Store(tmp_path / "ema").get("encoder/model.safetensors"))[name]
     torch.testing.assert_close(got, averaged, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(got, weights, rtol=1e-3)
 
 
-def test_another_environment_is_told(digits, tmp_path, caplog):
-    config = tiny(digits, schedule__steps=4, checkpoint__every="2 steps")
+def test_another_environment_is_told(few_digits, tmp_path, caplog):
+    config = tiny(few_digits, schedule__steps=4, checkpoint__every="2 steps")
     run(config, tmp_path, die_after=3)
     wait_for(tmp_path / "checkpoints/step-00000002-lease-0000/COMMIT.json")
     torch.set_num_threads(2)
@@ -168,9 +170,9 @@ def test_another_environment_is_told(digits, tmp_path, caplog):
     assert "threads was 1, is 2" in caplog.text and "not bitwise" in caplog.text
 
 
-def test_what_a_run_keeps(digits, tmp_path):
+def test_what_a_run_keeps(few_digits, tmp_path):
     config = tiny(
-        digits,
+        few_digits,
         schedule__steps=6,
         eval__every="3 steps",
         checkpoint__snapshot_every="3 steps",
@@ -188,10 +190,10 @@ def test_what_a_run_keeps(digits, tmp_path):
     assert described["resize"] == [16, 16] and described["output"]["shape"] == [-1, 64]
 
 
-def test_an_encoder_is_evaluated_and_served_at_its_own_size(digits, tmp_path):
+def test_an_encoder_is_evaluated_and_served_at_its_own_size(few_digits, tmp_path):
     scores = {}
     for side in (16, 24):
-        config = tiny(digits, schedule__steps=2, data__eval_image_size=side, family__encoder__depth=8)
+        config = tiny(few_digits, schedule__steps=2, data__eval_image_size=side, family__encoder__depth=8)
         _, result = run(config, tmp_path / str(side))
         described = json.loads(Store(tmp_path / str(side)).get("encoder/preprocessing.json"))
         assert described["resize"] == [side, side] and result["protocol"].endswith(f"{side}px")

@@ -11,14 +11,19 @@ A data set is a folder (or object-store prefix):
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
+
+_parsing = Lock()  # numpy parses headers by `ast`, which in CPython 3.11 fails now and then in several threads at once
 
 
 class _Row(BaseModel):
@@ -101,3 +106,12 @@ class Index(_Row):
 def sidecar_dtype(key_bytes: int, fields: int) -> np.dtype[Any]:
     """Row type of a sidecar: the sample's key, then offset and size in bytes of each field's content in the tar."""
     return np.dtype([("key", f"S{key_bytes}"), ("offset", "<i8", (fields,)), ("size", "<i8", (fields,))])
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """Read the bytes of a `.npy` file; ValueError for anything but one whole array without Python objects."""
+    try:
+        with _parsing:
+            return np.load(io.BytesIO(data), allow_pickle=False)
+    except (EOFError, OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from error

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from datasets_prep.errors import UserError
 from datasets_prep.index import INDEX_NAME, Index
-from datasets_prep.sources import SOURCES
-from datasets_prep.sources.base import UNLABELLED, Sample, Source
+from datasets_prep.sources import open_source
+from datasets_prep.sources.base import NO_OPTIONS, UNLABELLED, Options, Sample, Source
 from datasets_prep.writer import Layout, Progress, arrange, tar_bytes, write_dataset
 from service.data.store import Store
 
@@ -33,6 +33,7 @@ def shard(
     out_uri: str,
     source_path: Path | None = None,
     *,
+    options: Options = NO_OPTIONS,
     seed: int = 0,
     shard_mb: int = 64,
     val_share: float = 0.1,
@@ -42,7 +43,7 @@ def shard(
     """Write a source (a key of `SOURCES`) to `out_uri`, or say that the same data set is there already."""
     sink = Store(out_uri)
     there = sink.exists(INDEX_NAME)  # asked first: wrong keys show before a source is read
-    source = _open(source_name, source_path)
+    source = _open(source_name, source_path, options)
     index = write_dataset(source, sink, seed=seed, shard_mb=shard_mb, val_share=val_share, progress=progress)
     if there:
         say(f"{sink.uri} already holds this data set, fingerprint {index.fingerprint}: nothing written")
@@ -54,13 +55,14 @@ def estimate(
     out_uri: str,
     source_path: Path | None = None,
     *,
+    options: Options = NO_OPTIONS,
     seed: int = 0,
     shard_mb: int = 64,
     val_share: float = 0.1,
 ) -> Estimate:
     """Say what `shard` would write, from the sizes of a few images of each split; nothing is written."""
     occupied = Store(out_uri).exists(INDEX_NAME)
-    source = _open(source_name, source_path)
+    source = _open(source_name, source_path, options)
     splits = arrange(source, Layout(seed, shard_mb, val_share))
     sizes = {name: _expected_bytes(samples) for name, samples in splits.items()}
     return Estimate(
@@ -79,12 +81,10 @@ def _expected_bytes(samples: list[Sample]) -> int:
     return sum(tar_bytes([len(sample.load()), *label]) for sample in probed) * len(samples) // len(probed)
 
 
-def _open(name: str, path: Path | None) -> Source:
-    if name not in SOURCES:
-        raise UserError(f"source {name!r} is unknown: choose one of {', '.join(SOURCES)}")
+def _open(name: str, path: Path | None, options: Options) -> Source:
     if name == "cifar10" and path is None:
         path = _download_cifar10()
-    return SOURCES[name](path)
+    return open_source(name, path, options)
 
 
 def _download_cifar10() -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from datasets_prep.errors import UserError
-from datasets_prep.sources.base import Sample, Source, by_key
+from datasets_prep.sources.base import NO_OPTIONS, Options, Sample, Source, by_key
 from datasets_prep.sources.png import encode
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -26,7 +26,7 @@ FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 
 
-def open_source(path: Path | None = None) -> Source:
+def open_source(path: Path | None = None, options: Options = NO_OPTIONS) -> Source:
     """Read all images of a copy of CIFAR-10 into memory, still encoded (at most 190 MB).
 
     Raises:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from datasets_prep.errors import UserError
 from datasets_prep.permute import key, stratified
-from datasets_prep.sources.base import Sample, Source
+from datasets_prep.sources.base import NO_OPTIONS, Options, Sample, Source
 from datasets_prep.sources.png import encode
 
 _TEST = 500
 _SPLIT_KEY = key(1797)  # the test split is the same for every seed
 
 
-def open_source(path: Path | None = None) -> Source:
+def open_source(path: Path | None = None, options: Options = NO_OPTIONS) -> Source:
     """Return digits with 1,297 samples in `train` and 500 in `test`, stratified and fixed for good."""
     from sklearn.datasets import load_digits
 

@@ -1,4 +1,4 @@
-"""Folders of PNG and JPEG files, `DIR/<split>/<class>/file` or `DIR/<class>/file`; their bytes are kept as they are.
+"""Folders of PNG, JPEG and WebP files, `DIR/<split>/<class>/file` or `DIR/<class>/file`, kept byte for byte.
 
 Splits are folders called train, val, test or unlabelled; in the last, images lie side by side without classes.
 """
@@ -8,17 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets_prep.errors import UserError
-from datasets_prep.sources.base import UNLABELLED, Sample, Source, by_key
+from datasets_prep.sources.base import EXTENSIONS, NO_OPTIONS, UNLABELLED, Options, Sample, Source, Span, by_key
 
 SPLITS = ("train", "val", "test", "unlabelled")
-EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}
 
 
-def open_source(path: Path | None = None) -> Source:
+def open_source(path: Path | None = None, options: Options = NO_OPTIONS) -> Source:
     """Find the images below `path`; without split folders all are `train`.
 
     Raises:
-        UserError: no folder, no images, an empty class folder, files that are no PNG or JPEG, duplicate keys.
+        UserError: no folder, no images, an empty class folder, files that are no PNG, JPEG or WebP, duplicate keys.
     """
     if path is None or not path.is_dir():
         raise UserError(f"--source {path} is not a folder: name one that holds DIR/<class>/image or DIR/train/…")
@@ -68,7 +67,7 @@ def _sample(file: Path, root: Path, label: int) -> Sample:
     name = file.relative_to(root).with_suffix("")
     key = name.with_name(name.name.replace(".", "_")).as_posix()
     suffix = file.suffix.lower()
-    return Sample(key, EXTENSIONS.get(suffix, suffix), label, file.read_bytes)
+    return Sample(key, EXTENSIONS.get(suffix, suffix), label, Span(str(file)))
 
 
 def _refuse_strangers(path: Path, found: dict[str, list[Sample]]) -> None:
@@ -76,6 +75,6 @@ def _refuse_strangers(path: Path, found: dict[str, list[Sample]]) -> None:
     strange = [each.key + each.extension for split in found.values() for each in split if each.extension not in known]
     if strange:
         raise UserError(
-            f"{path}: {len(strange)} files are neither .png nor .jpg ({', '.join(sorted(strange)[:3])}): "
+            f"{path}: {len(strange)} files are neither .png nor .jpg nor .webp ({', '.join(sorted(strange)[:3])}): "
             "convert or remove them"
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -14,12 +12,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from datasets_prep.errors import UserError
-from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index, Shard, Split
+from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index, Shard, Split, parse_array
 from service.config import Data
 from service.data.decode import Pixels, decode_rgb, fit
 from service.data.store import NotFound, Store
-
-_parsing = Lock()  # numpy parses headers by `ast`, which in CPython 3.11 fails now and then in several threads at once
 
 
 def read_index(store: Store) -> Index:
@@ -91,7 +87,7 @@ class DataSplit:
     def labels(self) -> NDArray[np.int32]:
         """Labels by sample id, (N,); −1 where there is none."""
         data = _checked(self.store, LABELS_NAME, self.index.labels_sha256)
-        return np.load(io.BytesIO(data), allow_pickle=False)[self.index.label_slice(self.name)]
+        return parse_array(data)[self.index.label_slice(self.name)]
 
     def shard_bytes(self, shard: Shard) -> bytes:
         """Whole tar of a shard, checked against the index."""
@@ -100,8 +96,7 @@ class DataSplit:
     def sidecar(self, shard: Shard) -> NDArray[np.void]:
         """Rows (key, offset, size) of a shard's samples, checked against the index."""
         data = _checked(self.store, shard.sidecar, shard.sidecar_sha256)
-        with _parsing:
-            return np.load(io.BytesIO(data), allow_pickle=False)
+        return parse_array(data)
 
 
 def decode_side(split: DataSplit, image_size: int) -> int:

@@ -74,7 +74,7 @@ def _empty_class(folder):
 
 
 def _strange_files(folder):
-    for name in ("cat/x.webp", "dog/y.txt"):
+    for name in ("cat/x.gif", "dog/y.txt"):
         (folder / name).write_bytes(b"")
 
 
@@ -97,7 +97,7 @@ def _unknown_test_class(folder):
     ("damage", "message"),
     [
         (_empty_class, "bird is empty"),
-        (_strange_files, r"2 files are neither .png nor .jpg \(cat/x.webp, dog/y.txt\)"),
+        (_strange_files, r"2 files are neither .png nor .jpg nor .webp \(cat/x.gif, dog/y.txt\)"),
         (_duplicate_keys, r"1 duplicate keys \(cat/a\)"),
         (_a_split_among_classes, r"mixes splits with other folders \(cat, dog\)"),
         (_unknown_test_class, r"classes \['fish'\] are missing in train"),

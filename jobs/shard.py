@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets_prep.errors import UserError
+from datasets_prep.images import VERBATIM, ImagePolicy
 from datasets_prep.index import INDEX_NAME, Index
+from datasets_prep.layout import Layout, SplitPlan, lay_out
+from datasets_prep.shards import Job, ShardWriter, Task
 from datasets_prep.sources import open_source
-from datasets_prep.sources.base import NO_OPTIONS, UNLABELLED, Options, Sample, Source
-from datasets_prep.writer import Layout, Progress, arrange, tar_bytes, write_dataset
+from datasets_prep.sources.base import NO_OPTIONS, Options, Source
+from datasets_prep.writer import OnError, Progress, write_dataset
 from service.data.store import Store
 
-_PROBED = 64  # images of a split whose sizes an estimate looks at
+_PROBED = 128  # images of a split whose time an estimate takes
 
 
 class Estimate(NamedTuple):
-    """What sharding would write: samples a split, bytes and shards in all, and whether an index is there already."""
+    """What sharding would write.
+
+    `samples` a split, `bytes` and `shards` in all, `seconds` of work without the store's own time, and whether an
+    index is there already.
+    """
 
     name: str
     samples: dict[str, int]
     classes: int
     bytes: int
     shards: int
+    seconds: float
     occupied: bool
 
 
@@ -37,14 +46,27 @@ def shard(
     seed: int = 0,
     shard_mb: int = 64,
     val_share: float = 0.1,
+    images: ImagePolicy = VERBATIM,
+    on_error: OnError = "refuse",
+    workers: int = 1,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Index:
     """Write a source (a key of `SOURCES`) to `out_uri`, or say that the same data set is there already."""
     sink = Store(out_uri)
     there = sink.exists(INDEX_NAME)  # asked first: wrong keys show before a source is read
-    source = _open(source_name, source_path, options)
-    index = write_dataset(source, sink, seed=seed, shard_mb=shard_mb, val_share=val_share, progress=progress)
+    index = write_dataset(
+        _open(source_name, source_path, options),
+        sink,
+        seed=seed,
+        shard_mb=shard_mb,
+        val_share=val_share,
+        images=images,
+        on_error=on_error,
+        workers=workers,
+        progress=progress,
+        say=say,
+    )
     if there:
         say(f"{sink.uri} already holds this data set, fingerprint {index.fingerprint}: nothing written")
     return index
@@ -59,26 +81,30 @@ def estimate(
     seed: int = 0,
     shard_mb: int = 64,
     val_share: float = 0.1,
+    images: ImagePolicy = VERBATIM,
+    workers: int = 1,
 ) -> Estimate:
-    """Say what `shard` would write, from the sizes of a few images of each split; nothing is written."""
+    """Say what `shard` would write, from a few images of each split; nothing is written."""
     occupied = Store(out_uri).exists(INDEX_NAME)
-    source = _open(source_name, source_path, options)
-    splits = arrange(source, Layout(seed, shard_mb, val_share))
-    sizes = {name: _expected_bytes(samples) for name, samples in splits.items()}
+    plan = lay_out(_open(source_name, source_path, options), Layout(seed, shard_mb, val_share), images)
     return Estimate(
-        name=source.name,
-        samples={name: len(samples) for name, samples in splits.items()},
-        classes=len(source.classes),
-        bytes=sum(sizes.values()),
-        shards=sum(-(-size // (shard_mb << 20)) for size in sizes.values()),
+        name=plan.source,
+        samples={split.name: len(split.samples) for split in plan.splits},
+        classes=len(plan.classes),
+        bytes=plan.expected_bytes,
+        shards=len(plan.tasks),
+        seconds=sum(_seconds(split, images) for split in plan.splits) / workers,
         occupied=occupied,
     )
 
 
-def _expected_bytes(samples: list[Sample]) -> int:
-    probed = samples[:_PROBED]  # the order is random already
-    label = [] if samples[0].label == UNLABELLED else [1]
-    return sum(tar_bytes([len(sample.load()), *label]) for sample in probed) * len(samples) // len(probed)
+def _seconds(split: SplitPlan, images: ImagePolicy) -> float:
+    """Time to read, check and lay out all of a split, from its first images."""
+    probed = split.samples[:_PROBED]
+    writer = ShardWriter(Job(sink=None, records="", images=images, skip=True), advance=lambda samples, size: None)
+    start = time.perf_counter()
+    writer.write(Task("probe.tar", split.fields, probed))
+    return (time.perf_counter() - start) / len(probed) * len(split.samples)
 
 
 def _open(name: str, path: Path | None, options: Options) -> Source:

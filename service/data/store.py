@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _PART_BYTES = 16 << 20  # S3 allows 10,000 parts: objects up to 156 GiB
+_STAGED = re.compile(r"#\d+$")  # of a file that is being written: obstore does not list such names
 
 
 class StoreError(UserError):
@@ -89,11 +92,13 @@ class Store:
             return False
         return True
 
-    def put(self, name: str, data: bytes | Path) -> None:
+    def put(self, name: str, data: bytes | memoryview | Path) -> None:
         """Write an object, whole or not at all: the bytes, or the contents of a finished local file."""
         with self._faults(name):
-            content = data if isinstance(data, Path) else bytes(data)
-            obstore.put(self._backend, name, content, chunk_size=_PART_BYTES)
+            if self.local_path is not None:
+                _put_file(self.local_path, name, data)
+            else:
+                obstore.put(self._backend, name, data, chunk_size=_PART_BYTES)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object if there is none, else return False; of many that try at once, one succeeds.
@@ -109,15 +114,28 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the sorted names of all objects in the folder `prefix` and below."""
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return the bytes of all objects in the folder `prefix` and below, by name."""
         if self._is_absent:
-            return []
+            return {}
         with self._faults(prefix):
-            return sorted(meta["path"] for batch in obstore.list(self._backend, prefix or None) for meta in batch)
+            listed = obstore.list(self._backend, prefix or None)
+            return {meta["path"]: meta["size"] for batch in listed for meta in batch}
 
     def delete(self, name: str) -> None:
         """Remove an object; it is no error when there is none."""
         with suppress(NotFound), self._faults(name):
             obstore.delete(self._reading, name)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written in a folder; call it where nobody else writes."""
+        if self.local_path is not None:
+            with self._faults(""):
+                for path in self.local_path.rglob("*#*"):
+                    if _STAGED.search(path.name):
+                        path.unlink(missing_ok=True)
 
     @property
     def _is_absent(self) -> bool:
@@ -173,12 +191,32 @@ class Store:
         if isinstance(error, FileNotFoundError) or re.search(r"status code: 404|NoSuchBucket", text):
             return NotFound(f"{uri} does not exist ({reason}): check the address")
         denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
-        if denied or re.search(r"status code: 40[13]|AccessDenied|os error (13|30)\b", text):
+        if denied or re.search(r"status code: 40[13]|AccessDenied|(os error |Errno )(13|30)\b", text):
             return AccessDenied(f"{uri}: access denied ({reason}): check the credentials and what they may do here")
+        if self.local_path is not None and isinstance(error, OSError):
+            return StoreUnavailable(f"{uri}: {error.strerror or reason}: free space there or choose another folder")
         return StoreUnavailable(
             f"{uri}: the store failed for {self.deadline:g} s or for good ({reason}): "
             "check that it runs, and its address (AWS_ENDPOINT_URL for S3)"
         )
+
+
+def _put_file(folder: Path, name: str, data: bytes | memoryview | Path) -> None:
+    """Write beside, then rename: obstore takes several times as long for the same."""
+    if not all(part.strip(".") for part in name.split("/")):
+        raise ValueError(f"{name!r} is no name of an object")
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}#{uuid.uuid4().int}")
+    try:
+        if isinstance(data, Path):
+            shutil.copyfile(data, staged)
+        else:
+            staged.write_bytes(data)
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def _canonical(uri: str) -> str:

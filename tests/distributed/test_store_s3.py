@@ -64,7 +64,7 @@ def test_a_reader_may_only_read(uri, s3, s3_env):
     ):
         with pytest.raises(AccessDenied, match=f"{uri}/[xy]: access denied"):
             act()
-    with pytest.raises(AccessDenied, match=f"{uri}/incomplete.json"):
+    with pytest.raises(AccessDenied, match=f"{uri}/incomplete/"):
         write_dataset(digits.open_source(), store)
     assert store.list() == ["x"]
 

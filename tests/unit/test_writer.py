@@ -15,7 +15,7 @@ from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index
 from datasets_prep.permute import key, stratified
 from datasets_prep.sources import digits, png
 from datasets_prep.sources.base import Sample, Source
-from datasets_prep.writer import PENDING_NAME, write_dataset
+from datasets_prep.writer import write_dataset
 from jobs.shard import estimate, shard
 from service.data.store import Store
 
@@ -63,7 +63,7 @@ def test_index_and_files_agree(store):
     row = 0
     for shard_row in (each for split in ("train", "val") for each in index.splits[split].shards):
         tar, rows = store.get(shard_row.name), np.load(io.BytesIO(store.get(shard_row.sidecar)))
-        assert len(tar) == shard_row.bytes <= 1 << 20 and len(rows) == shard_row.samples
+        assert len(tar) == shard_row.bytes <= 1.1 * (1 << 20) and len(rows) == shard_row.samples
         for each in rows:
             sample = original.pop(each["key"].decode())
             image, label = (tar[at : at + size] for at, size in zip(each["offset"], each["size"], strict=True))
@@ -126,7 +126,10 @@ def test_bad_samples_are_all_counted_and_nothing_looks_complete(store):
         source.splits["train"][position] = dataclasses.replace(
             source.splits["train"][position], load=lambda data=data: data
         )
-    with pytest.raises(UserError, match=r"noise: 4 of 50 samples are not whole PNG or JPEG images \(.*00003.png"):
+    with pytest.raises(
+        UserError,
+        match=r"noise: 4 of 50 samples are not whole JPEG, PNG or WebP images(.|\n)*train/0/00003.png: no JPEG",
+    ):
         write_dataset(source, store)
     assert not store.exists(INDEX_NAME)
 
@@ -182,8 +185,8 @@ import sys, time
 from service.data.store import Store
 from tests.unit.test_writer import made, write_dataset
 
-def slowly(done, total):
-    if done == 250:
+def slowly(done, total, size):
+    if done > 250:
         print("writing", flush=True)
         time.sleep(60)
 
@@ -197,7 +200,7 @@ def test_a_killed_writer_leaves_no_index_and_is_cleared_away(store, tmp_path):
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     writer.stdout.close()
-    assert store.list() == [PENDING_NAME, "train/shard-000000.npy", "train/shard-000000.tar"]
+    assert "train/shard-000000.tar" in store.list() and not store.exists(INDEX_NAME)
     store.put("train/shard-000007.tar", b"of a run with smaller shards")
     write_dataset(made(), store)
     clean = Store(tmp_path / "clean")

@@ -1,0 +1,121 @@
+"""USTAR archives in memory, with nothing in them that depends on the time, the user or the machine."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets_prep.errors import UserError
+from datasets_prep.index import sidecar_dtype
+
+BLOCK = 512
+_NAME, _SIZE, _CHECKSUM, _PREFIX = slice(0, 100), slice(124, 135), slice(148, 154), slice(345, 500)
+_TEMPLATE = np.frombuffer(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT), np.uint8).copy()
+_TEMPLATE[148:156] = ord(" ")  # as what a header counts when its checksum is taken
+_END_BLOCKS = 2
+
+Bytes = NDArray[np.uint8]
+
+
+class Packed(NamedTuple):
+    """A finished archive, in the caller's buffer, and the bytes of its sidecar."""
+
+    tar: memoryview
+    sidecar: bytes
+
+
+def tar_bytes(sizes: Any) -> int:
+    """Bytes that files of these sizes take in a tar: a header of 512 each, contents padded to 512."""
+    return sum(BLOCK + size + -size % BLOCK for size in sizes)
+
+
+def buffer_blocks(contents: Sequence[Sequence[bytes]]) -> int:
+    """Blocks of 512 bytes that an archive of these samples takes."""
+    return _END_BLOCKS + tar_bytes(map(len, chain.from_iterable(contents))) // BLOCK
+
+
+def pack(keys: Sequence[str], fields: Sequence[str], contents: Sequence[Sequence[bytes]], buffer: Bytes) -> Packed:
+    """Lay out samples as a tar.
+
+    Args:
+        keys: of the N samples.
+        fields: extensions of each sample's files.
+        contents: N rows of one content a field.
+        buffer: (≥ `buffer_blocks(contents)`, 512), overwritten.
+
+    Raises:
+        UserError: a name that does not fit into a header.
+    """
+    files = list(chain.from_iterable(contents))
+    sizes = np.fromiter(map(len, files), np.int64, len(files))
+    blocks = 1 + -(-sizes // BLOCK)
+    ends = np.cumsum(blocks)
+    starts = ends - blocks
+    tar = buffer[: ends[-1] + _END_BLOCKS]
+    tar[ends - 1] = 0  # padding of the contents
+    tar[starts] = headers([f"{key}.{field}" for key in keys for field in fields], sizes)
+    tar[-_END_BLOCKS:] = 0
+    offsets = (starts + 1) * BLOCK
+    flat = tar.reshape(-1).data
+    for at, content in zip(offsets.tolist(), files, strict=True):
+        flat[at : at + len(content)] = content
+    return Packed(flat, _sidecar(keys, offsets.reshape(len(keys), -1), sizes.reshape(len(keys), -1)))
+
+
+def headers(names: Sequence[str], sizes: NDArray[np.int64]) -> Bytes:
+    """USTAR headers of N plain files, (N, 512); raises UserError for a name that does not fit."""
+    rows = np.tile(_TEMPLATE, (len(names), 1))
+    encoded = [encode_name(name) for name in names]
+    if long := [number for number, name in enumerate(encoded) if len(name) > 100]:
+        prefixes, rest = zip(*(split_name(encoded[number]) for number in long), strict=True)
+        rows[long, _PREFIX] = _text(prefixes, 155)
+        for number, name in zip(long, rest, strict=True):
+            encoded[number] = name
+    rows[:, _NAME] = _text(encoded, 100)
+    rows[:, _SIZE] = _octal(sizes, 11)
+    rows[:, _CHECKSUM] = _octal(rows.sum(1, dtype=np.int64), 6)
+    rows[:, _CHECKSUM.stop] = 0
+    return rows
+
+
+def encode_name(name: str) -> bytes:
+    """UTF-8; bytes of file names that are none pass unchanged."""
+    return name.encode(errors="surrogateescape")
+
+
+def split_name(name: bytes) -> tuple[bytes, bytes]:
+    """Cut a long name at its first slash that leaves a prefix of ≤ 155 and a rest of ≤ 100 bytes."""
+    at = name.find(b"/", len(name) - 101) if len(name) <= 256 else -1
+    if not 0 < at <= 155:
+        shown = name.decode(errors="replace")
+        raise UserError(f"{shown}: name is too long for a tar (100 bytes, 155 more for folders): shorten the file name")
+    return name[:at], name[at + 1 :]
+
+
+def _text(values: Sequence[bytes], width: int) -> Bytes:
+    return np.array(values, f"S{width}").view(np.uint8).reshape(len(values), width)
+
+
+def _octal(values: NDArray[np.int64], digits: int) -> Bytes:
+    shifts = 3 * np.arange(digits - 1, -1, -1)
+    return ((values[:, None] >> shifts & 7) + ord("0")).astype(np.uint8)
+
+
+def _sidecar(keys: Sequence[str], offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
+    encoded = [encode_name(key) for key in keys]
+    rows = np.empty(len(keys), sidecar_dtype(max(map(len, encoded)), offsets.shape[1]))
+    rows["key"], rows["offset"], rows["size"] = encoded, offsets, sizes
+    return npy(rows)
+
+
+def npy(array: NDArray[Any]) -> bytes:
+    """An array as the bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

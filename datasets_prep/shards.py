@@ -8,26 +8,22 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from datasets_prep.errors import UserError
-from datasets_prep.images import ImagePolicy, Size, prepare
+from datasets_prep.images import BadImage, ImagePolicy, Size, prepare
 from datasets_prep.layout import Task
 from datasets_prep.sources.base import Sample
-from datasets_prep.tar import BLOCK, buffer_blocks, pack
+from datasets_prep.tar import TarBuilder
 
 _READERS = 4  # threads of a process that wait for files
-_CHUNK = 32  # samples that a thread takes at once
+_CHUNK = 16  # samples that a thread takes at once
 
-Loaded = tuple[bytes, Size] | str  # an image as it is stored and its (width, height), or why it is none
 Advance = Callable[[int, int], None]  # samples and bytes since the last call
 
 
@@ -104,7 +100,7 @@ class ShardWriter:
     def __init__(self, job: Job, advance: Advance):
         self._job, self._advance = job, advance
         self._readers = ThreadPoolExecutor(_READERS, "read")
-        self._buffer = np.empty((0, BLOCK), np.uint8)
+        self._tar = TarBuilder()
 
     def close(self) -> None:
         """Forget what is still to be read."""
@@ -112,53 +108,66 @@ class ShardWriter:
 
     def write(self, task: Task, check_only: bool = False) -> Written:
         """Load, check, lay out and store a shard, its record last; with `check_only`, only name its bad images."""
-        loaded = list(self._load(task.samples))
-        bad = [(position, each) for position, each in enumerate(loaded) if isinstance(each, str)]
-        kept = [(position, each) for position, each in enumerate(loaded) if not isinstance(each, str)]
-        written = Written(len(kept), 0, "", 0, "", _counted(size for _, (_, size) in kept), bad)
-        if check_only or (bad and not self._job.skip):
-            return written
-        if kept:
-            written = self._store(task, [(task.samples[at], data) for at, (data, _) in kept], written)
-        if self._job.sink is not None:
-            record = json.dumps(written._asdict()).encode()
-            self._job.sink.put(record_name(self._job.records, task.name), record)
+        self._tar.clear()  # of what an exception left
+        bad: list[tuple[int, str]] = []
+        sizes: Counter[Size] = Counter()
+        for position, (sample, content) in enumerate(zip(task.samples, self._contents(task.samples), strict=True)):
+            try:
+                data, size = _prepared(content, self._job.images)
+            except BadImage as error:
+                bad.append((position, str(error)))
+                continue
+            sizes[size] += 1
+            self._tar.add(sample.key, (data, b"%d" % sample.label)[: len(task.fields)])
+        kept = len(task.samples) - len(bad)
+        written = Written(kept, 0, "", 0, "", [(*size, count) for size, count in sorted(sizes.items())], bad)
+        return written if check_only or (bad and not self._job.skip) else self._store(task, written)
+
+    def _contents(self, samples: list[Sample]) -> Iterator[bytes | Exception]:
+        """What each sample's file holds, or why it cannot be read; a few chunks are read ahead."""
+        ahead: deque[Future[list[bytes | Exception]]] = deque()
+        for start in range(0, len(samples) + _READERS * _CHUNK, _CHUNK):
+            if start < len(samples):
+                ahead.append(self._readers.submit(_read, samples[start : start + _CHUNK]))
+            if ahead and (start >= _READERS * _CHUNK):
+                chunk = ahead.popleft().result()
+                yield from chunk
+                self._advance(len(chunk), sum(len(each) for each in chunk if isinstance(each, bytes)))
+
+    def _store(self, task: Task, written: Written) -> Written:
+        put = _put_nowhere if self._job.sink is None else self._job.sink.put
+        if written.samples:
+            tar, sidecar = self._tar.finish(task.fields)
+            put(task.name, tar)
+            put(sidecar_name(task.name), sidecar)
+            written = written._replace(
+                bytes=len(tar),
+                sha256=hashlib.sha256(tar).hexdigest(),
+                sidecar_bytes=len(sidecar),
+                sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+            )
+        put(record_name(self._job.records, task.name), json.dumps(written._asdict()).encode())
         return written
 
-    def _load(self, samples: list[Sample]) -> Iterator[Loaded]:
-        chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
-        for chunk in self._readers.map(partial(_loaded, self._job.images), chunks):
-            self._advance(len(chunk), sum(len(each[0]) for each in chunk if not isinstance(each, str)))
-            yield from chunk
 
-    def _store(self, task: Task, images: list[tuple[Sample, bytes]], written: Written) -> Written:
-        contents = [(data, b"%d" % sample.label)[: len(task.fields)] for sample, data in images]
-        if (blocks := buffer_blocks(contents)) > len(self._buffer):
-            self._buffer = np.empty((blocks, BLOCK), np.uint8)
-        packed = pack([sample.key for sample, _ in images], task.fields, contents, self._buffer)
-        if self._job.sink is not None:
-            self._job.sink.put(task.name, packed.tar)
-            self._job.sink.put(sidecar_name(task.name), packed.sidecar)
-        return written._replace(
-            bytes=len(packed.tar),
-            sha256=hashlib.sha256(packed.tar).hexdigest(),
-            sidecar_bytes=len(packed.sidecar),
-            sidecar_sha256=hashlib.sha256(packed.sidecar).hexdigest(),
-        )
+def _put_nowhere(name: str, data: bytes | memoryview) -> None:
+    """Stand in for a sink's `put` when only the checksums are wanted."""
 
 
-def _loaded(images: ImagePolicy, samples: list[Sample]) -> list[Loaded]:
-    loaded: list[Loaded] = []
+def _read(samples: list[Sample]) -> list[bytes | Exception]:
+    contents: list[bytes | Exception] = []
     for sample in samples:
         try:
-            loaded.append(prepare(sample.load(), images))
+            contents.append(sample.load())
         except (OSError, ValueError) as error:
-            loaded.append(str(error))
-    return loaded
+            contents.append(error)
+    return contents
 
 
-def _counted(sizes: Iterable[Size]) -> list[tuple[int, int, int]]:
-    return [(*size, count) for size, count in sorted(Counter(sizes).items())]
+def _prepared(content: bytes | Exception, images: ImagePolicy) -> tuple[bytes, Size]:
+    if isinstance(content, Exception):
+        raise BadImage(str(content)) from content
+    return prepare(content, images)
 
 
 def write_shards(tasks: list[Task], job: Job, workers: int, advance: Advance) -> Generator[tuple[Task, Written]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +18,9 @@ _NAME, _SIZE, _CHECKSUM, _PREFIX = slice(0, 100), slice(124, 135), slice(148, 15
 _TEMPLATE = np.frombuffer(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT), np.uint8).copy()
 _TEMPLATE[148:156] = ord(" ")  # as what a header counts when its checksum is taken
 _END_BLOCKS = 2
+_ZEROS = bytes(BLOCK)
 
 Bytes = NDArray[np.uint8]
-
-
-class Packed(NamedTuple):
-    """A finished archive, in the caller's buffer, and the bytes of its sidecar."""
-
-    tar: memoryview
-    sidecar: bytes
 
 
 def tar_bytes(sizes: Any) -> int:
@@ -35,37 +28,57 @@ def tar_bytes(sizes: Any) -> int:
     return sum(BLOCK + size + -size % BLOCK for size in sizes)
 
 
-def buffer_blocks(contents: Sequence[Sequence[bytes]]) -> int:
-    """Blocks of 512 bytes that an archive of these samples takes."""
-    return _END_BLOCKS + tar_bytes(map(len, chain.from_iterable(contents))) // BLOCK
+class TarBuilder:
+    """Lays out one archive after the other in one buffer."""
 
+    def __init__(self):
+        self._blocks = np.empty((0, BLOCK), np.uint8)
+        self._flat = self._blocks.reshape(-1).data
+        self.clear()
 
-def pack(keys: Sequence[str], fields: Sequence[str], contents: Sequence[Sequence[bytes]], buffer: Bytes) -> Packed:
-    """Lay out samples as a tar.
+    def clear(self) -> None:
+        """Start an archive anew."""
+        self._used = 0  # blocks
+        self._keys: list[str] = []
+        self._sizes: list[int] = []
 
-    Args:
-        keys: of the N samples.
-        fields: extensions of each sample's files.
-        contents: N rows of one content a field.
-        buffer: (≥ `buffer_blocks(contents)`, 512), overwritten.
+    def add(self, key: str, contents: Sequence[bytes]) -> None:
+        """Copy a sample's contents, one a field, leaving room for their headers."""
+        self._keys.append(key)
+        for content in contents:
+            size = len(content)
+            end = self._used + 1 + -(-size // BLOCK)
+            if end + _END_BLOCKS > len(self._blocks):
+                self._grow(end + _END_BLOCKS)
+            start = (self._used + 1) * BLOCK
+            self._flat[start : start + size] = content
+            self._flat[start + size : end * BLOCK] = _ZEROS[: -size % BLOCK]
+            self._sizes.append(size)
+            self._used = end
 
-    Raises:
-        UserError: a name that does not fit into a header.
-    """
-    files = list(chain.from_iterable(contents))
-    sizes = np.fromiter(map(len, files), np.int64, len(files))
-    blocks = 1 + -(-sizes // BLOCK)
-    ends = np.cumsum(blocks)
-    starts = ends - blocks
-    tar = buffer[: ends[-1] + _END_BLOCKS]
-    tar[ends - 1] = 0  # padding of the contents
-    tar[starts] = headers([f"{key}.{field}" for key in keys for field in fields], sizes)
-    tar[-_END_BLOCKS:] = 0
-    offsets = (starts + 1) * BLOCK
-    flat = tar.reshape(-1).data
-    for at, content in zip(offsets.tolist(), files, strict=True):
-        flat[at : at + len(content)] = content
-    return Packed(flat, _sidecar(keys, offsets.reshape(len(keys), -1), sizes.reshape(len(keys), -1)))
+    def finish(self, fields: Sequence[str]) -> tuple[memoryview, bytes]:
+        """Write the headers; return the archive, which lasts until the next `add`, and its sidecar.
+
+        Args:
+            fields: extensions of the contents that each sample has.
+
+        Raises:
+            UserError: a name that does not fit into a header.
+        """
+        sizes = np.array(self._sizes, np.int64)
+        blocks = 1 + -(-sizes // BLOCK)
+        starts = np.cumsum(blocks) - blocks
+        self._blocks[starts] = headers([f"{key}.{field}" for key in self._keys for field in fields], sizes)
+        end = self._used + _END_BLOCKS
+        self._blocks[self._used : end] = 0
+        rows = len(self._keys), len(fields)
+        sidecar = _sidecar(self._keys, ((starts + 1) * BLOCK).reshape(rows), sizes.reshape(rows))
+        return self._flat[: end * BLOCK], sidecar
+
+    def _grow(self, blocks: int) -> None:
+        larger = np.empty((max(blocks, 3 * len(self._blocks) // 2), BLOCK), np.uint8)
+        larger[: self._used] = self._blocks[: self._used]
+        self._blocks, self._flat = larger, larger.reshape(-1).data
 
 
 def headers(names: Sequence[str], sizes: NDArray[np.int64]) -> Bytes:

@@ -80,3 +80,25 @@ def test_a_dead_server_is_given_up_at_the_deadline(monkeypatch):
 
 def test_one_process_of_many_creates(store):
     check_one_creates(store)
+
+
+def test_sizes_and_half_written_files(store):
+    store.put("a/b", memoryview(b"12345"))
+    store.put("c", b"")
+    assert store.sizes() == {"a/b": 5, "c": 0} and store.sizes("a") == {"a/b": 5}
+    (store.local_path / "a" / "b#1234").write_bytes(b"of a killed writer")
+    (store.local_path / "a" / "b#x").write_bytes(b"somebody's")
+    store.sweep()
+    assert sorted(each.name for each in store.local_path.rglob("*") if each.is_file()) == ["b", "b#x", "c"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../x", "/x", "a//x", "", "."])
+def test_names_do_not_lead_out_of_the_store(store, name):
+    with pytest.raises(ValueError):
+        store.put(name, b"x")
+
+
+def test_a_folder_that_cannot_be_written_is_named(store):
+    store.put("a", b"")
+    with pytest.raises(StoreUnavailable, match=f"{store.uri}/a/b: .*choose another folder"):
+        store.put("a/b", b"x")

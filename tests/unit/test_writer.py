@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
 
 from datasets_prep.errors import UserError
+from datasets_prep.images import ImagePolicy
 from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index
+from datasets_prep.pending import SKIPPED_NAME
 from datasets_prep.permute import key, stratified
 from datasets_prep.sources import digits, png
 from datasets_prep.sources.base import Sample, Source
@@ -155,6 +158,7 @@ def test_a_key_too_long_for_a_tar(store):
     source.splits["train"][5] = dataclasses.replace(source.splits["train"][5], key="k" * 120)
     with pytest.raises(UserError, match="kkk.png: name is too long for a tar"):
         write_dataset(source, store)
+    assert store.list() == []
 
 
 def test_the_same_data_set_is_left_alone(store):
@@ -206,6 +210,183 @@ def test_a_killed_writer_leaves_no_index_and_is_cleared_away(store, tmp_path):
     clean = Store(tmp_path / "clean")
     write_dataset(made(), clean)
     assert contents(store) == contents(clean)
+
+
+def noisy(count=300):
+    """`made` by functions that can be sent to processes."""
+    return Source(
+        "noise", ("a", "b"), {"train": [Sample(f"{n:05d}", "png", n % 2, partial(_noise, n)) for n in range(count)]}
+    )
+
+
+def _noise(seed):
+    return png.encode(np.random.default_rng(seed).integers(0, 256, (60, 60, 3), np.uint8))
+
+
+def test_processes_write_what_one_does(store):
+    one = write_dataset(noisy(), store.sub("one"), shard_mb=1)
+    assert write_dataset(noisy(), store.sub("two"), shard_mb=1, workers=2) == one
+    assert contents(store.sub("one")) == contents(store.sub("two"))
+    assert write_dataset(noisy(), store.sub("one"), shard_mb=1, workers=2) == one
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def interrupted(source, store, samples, **arguments):
+    """Write until so many samples are done."""
+
+    def progress(done, total, size):
+        if done >= samples:
+            raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        write_dataset(source, store, progress=progress, **arguments)
+
+
+def stamps(store):
+    return {name: (store.local_path / name).stat().st_mtime_ns for name in store.list()}
+
+
+def test_finished_shards_are_kept_and_counted(store):
+    interrupted(noisy(), store.sub("cut"), 250, shard_mb=1)
+    kept = {name: stamp for name, stamp in stamps(store.sub("cut")).items() if name.startswith("train")}
+    assert len(kept) == 6
+    said, seen = [], []
+    write_dataset(noisy(), store.sub("cut"), shard_mb=1, say=said.append, progress=lambda *state: seen.append(state))
+    assert said == ["3 of 5 shards are kept from an earlier run"]
+    assert seen[0] == (202, 300, 0) and seen[-1][:2] == (300, 300)
+    assert kept.items() <= stamps(store.sub("cut")).items()
+    write_dataset(noisy(), store.sub("whole"), shard_mb=1)
+    assert contents(store.sub("cut")) == contents(store.sub("whole"))
+
+
+def _lose_the_sidecar(store, record):
+    store.delete("train/shard-000000.npy")
+
+
+def _cut_the_tar(store, record):
+    store.put("train/shard-000000.tar", store.get("train/shard-000000.tar")[:-1])
+
+
+def _empty_the_record(store, record):
+    store.put(record, b"")
+
+
+def _leave_a_staged_file(store, record):
+    (store.local_path / "train" / "shard-000002.tar#123").write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [(_lose_the_sidecar, 2), (_cut_the_tar, 2), (_empty_the_record, 2), (_leave_a_staged_file, 3)],
+)
+def test_damaged_leftovers_are_written_again(store, damage, kept):
+    cut, whole = store.sub("cut"), store.sub("whole")
+    interrupted(noisy(), cut, 250, shard_mb=1)
+    (record,) = [name for name in cut.list() if name.endswith("/train/shard-000000.json")]
+    damage(cut, record)
+    said = []
+    write_dataset(noisy(), cut, shard_mb=1, say=said.append)
+    assert said == [f"{kept} of 5 shards are kept from an earlier run"]
+    write_dataset(noisy(), whole, shard_mb=1)
+    assert contents(cut) == contents(whole)
+    assert not list(cut.local_path.rglob("*#*"))
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"val_share": 0.2}, {"images": ImagePolicy("full")}, {"images": ImagePolicy(short_side=50)}]
+)
+def test_leftovers_of_another_command_are_not_taken(store, other):
+    cut, whole = store.sub("cut"), store.sub("whole")
+    interrupted(noisy(), cut, 250, shard_mb=1, **other)
+    said = []
+    write_dataset(noisy(), cut, shard_mb=1, say=said.append)
+    write_dataset(noisy(), whole, shard_mb=1)
+    assert said == [] and contents(cut) == contents(whole)
+
+
+def broken(*positions, **splits):
+    source = made(**splits) if splits else made(300)
+    for position in positions:
+        samples = source.splits["train"]
+        samples[position] = dataclasses.replace(samples[position], load=lambda: b"broken")
+    return source
+
+
+def test_broken_images_can_be_skipped(store):
+    said = []
+    index = write_dataset(broken(7, 100, 200), store.sub("a"), on_error="skip", shard_mb=1, say=said.append)
+    assert said == ["3 of 300 images are broken and left out: skipped.json lists them"]
+    skipped = json.loads(store.sub("a").get(SKIPPED_NAME))
+    rows = [row for split in skipped.values() for row in split]
+    assert sorted(row["name"] for row in rows) == ["1/00007.png", "1/00100.png", "2/00200.png"]
+    assert {row["reason"] for row in rows} == {"no JPEG, PNG or WebP image"}
+    assert {name: split.samples + len(skipped.get(name, [])) for name, split in index.splits.items()} == {
+        "train": 270,
+        "val": 30,
+    }
+    labels = np.load(io.BytesIO(store.sub("a").get(LABELS_NAME)))
+    read = [
+        int(tar[at[1] : at[1] + size[1]])
+        for row in (row for split in index.splits.values() for row in split.shards)
+        for tar in [store.sub("a").get(row.name)]
+        for _, at, size in np.load(io.BytesIO(store.sub("a").get(row.sidecar)))
+    ]
+    assert labels.tolist() == read and len(read) == 297
+    interrupted(broken(7, 100, 200), store.sub("b"), 250, on_error="skip", shard_mb=1)
+    write_dataset(broken(7, 100, 200), store.sub("b"), on_error="skip", shard_mb=1)
+    assert contents(store.sub("a")) == contents(store.sub("b"))
+    assert write_dataset(broken(7, 100, 200), store.sub("a"), on_error="skip", shard_mb=1) == index
+
+
+def test_after_a_refusal_repaired_images_complete_the_data_set(store):
+    cut, whole = store.sub("cut"), store.sub("whole")
+    with pytest.raises(UserError, match=r"1 of 300(.|\n)*--on-error skip(.|\n)*00100.png: no JPEG"):
+        write_dataset(broken(100), cut, shard_mb=1)
+    assert not [name for name in cut.list() if name == INDEX_NAME]
+    write_dataset(broken(), cut, shard_mb=1)
+    write_dataset(broken(), whole, shard_mb=1)
+    assert contents(cut) == contents(whole)
+
+
+def test_a_split_of_broken_images_only(store):
+    with pytest.raises(UserError, match="noise: every image of train is broken"):
+        write_dataset(broken(*range(5), train=5, val=5), store, on_error="skip")
+    assert not store.exists(INDEX_NAME)
+
+
+def test_a_shard_of_broken_images_only_is_left_out(store):
+    source = noisy()
+    names = [row.name for row in write_dataset(source, store.sub("whole"), shard_mb=1).splits["train"].shards]
+    rows = np.load(io.BytesIO(store.sub("whole").get("train/shard-000001.npy")))
+    gone = {each.decode() for each in rows["key"]}
+    source.splits["train"][:] = [
+        dataclasses.replace(each, load=partial(bytes, 9)) if each.key in gone else each
+        for each in source.splits["train"]
+    ]
+    index = write_dataset(source, store.sub("rest"), shard_mb=1, on_error="skip")
+    assert [row.name for row in index.splits["train"].shards] == [names[0], *names[2:]]
+    assert index.splits["train"].samples == 270 - len(gone)
+
+
+@pytest.mark.parametrize("key_", ["/etc/passwd", "../a", "a/../b", "a/./b", "a.b", "", "a/", "a//b", "a\0b"])
+def test_keys_that_are_no_plain_names(store, key_):
+    source = made(20)
+    source.splits["train"][5] = dataclasses.replace(source.splits["train"][5], key=key_)
+    with pytest.raises(UserError, match="must be a relative path without"):
+        write_dataset(source, store)
+    assert store.list() == []
+
+
+def test_names_that_are_no_utf8(store):
+    source = made(20)
+    source.splits["train"][5] = dataclasses.replace(source.splits["train"][5], key="\udcff", load=lambda: b"broken")
+    with pytest.raises(UserError, match="train/\ufffd.png: no JPEG"):
+        write_dataset(source, store)
+    index = write_dataset(source, store, on_error="skip")
+    assert sum(split.samples for split in index.splits.values()) == 19
 
 
 def test_stratified_keeps_shares_and_count():

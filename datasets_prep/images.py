@@ -20,7 +20,7 @@ try:
 except ImportError:  # Pillow decodes JPEG too, only slower
     simplejpeg = None
 
-MAX_PIXELS = 178_956_970  # a larger image is taken for a decompression bomb
+PIXEL_CAP = 178_956_970  # a larger image is taken for a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP")
 _FRAMES = (0xC0, 0xC1, 0xC2)  # JPEG's start-of-frame markers: baseline, extended, progressive
 _REDUCING_GAP = 2  # libjpeg scales down to no less than this many times the wanted size; Pillow does the rest
@@ -61,11 +61,11 @@ def prepare(data: bytes, policy: ImagePolicy) -> tuple[bytes, Size]:
     """Return an image's bytes as they are stored and its (width, height) in pixels.
 
     Raises:
-        BadImage: it is broken, of another format, or above `MAX_PIXELS`.
+        BadImage: it is broken, of another format, or above `PIXEL_CAP`.
     """
     size = header_size(data)
-    if size is not None and size[0] * size[1] > MAX_PIXELS:
-        raise BadImage(f"{size[0]}×{size[1]} pixels are more than {MAX_PIXELS:,}")
+    if size is not None and size[0] * size[1] > PIXEL_CAP:
+        raise BadImage(f"{size[0]}×{size[1]} pixels are more than {PIXEL_CAP:,}")
     if size is None or policy.check == "full" or (policy.short_side and min(size) > policy.short_side):
         return _decoded(data, policy)
     return data, size
@@ -111,8 +111,8 @@ def _decoded(data: bytes, policy: ImagePolicy) -> tuple[bytes, Size]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            if size[0] * size[1] > MAX_PIXELS:
-                raise BadImage(f"{size[0]}×{size[1]} pixels are more than {MAX_PIXELS:,}")
+            if size[0] * size[1] > PIXEL_CAP:
+                raise BadImage(f"{size[0]}×{size[1]} pixels are more than {PIXEL_CAP:,}")
             if policy.short_side and min(size) > policy.short_side:
                 return _scaled(image, policy.short_side, policy.quality)
             if not _decodes_as_jpeg(data):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -22,7 +23,8 @@ from datasets_prep.sources.base import Sample
 from datasets_prep.tar import TarBuilder
 
 _READERS = 4  # threads of a process that wait for files
-_CHUNK = 16  # samples that a thread takes at once
+_CHUNK = 16  # samples that are read at once
+_SLOW = 0.5e-3  # seconds a file from which on threads are worth their switches
 
 Advance = Callable[[int, int], None]  # samples and bytes since the last call
 
@@ -63,6 +65,9 @@ class Written(NamedTuple):
     bad: list[tuple[int, str]]
 
 
+NOTHING = Written(0, 0, "", 0, "", [], [])
+
+
 class Job(NamedTuple):
     """What all shards of a data set have in common.
 
@@ -90,7 +95,7 @@ def record_name(records: str, tar: str) -> str:
 
 
 class ShardWriter:
-    """Writes one shard after the other through one buffer.
+    """Writes one shard after the other, storing one while it loads the next.
 
     Args:
         job: what to do with them.
@@ -99,16 +104,30 @@ class ShardWriter:
 
     def __init__(self, job: Job, advance: Advance):
         self._job, self._advance = job, advance
-        self._readers = ThreadPoolExecutor(_READERS, "read")
-        self._tar = TarBuilder()
+        self._threads = ThreadPoolExecutor(_READERS + 2)  # and one that stores, one that hashes
+        self._tars = TarBuilder(), TarBuilder()
+        self._storing: Future[Written] = _done(NOTHING)
+        self._slow = False
 
     def close(self) -> None:
-        """Forget what is still to be read."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        """Finish what is being stored, forget what is still to be read."""
+        wait([self._storing])
+        self._threads.shutdown(cancel_futures=True)
 
-    def write(self, task: Task, check_only: bool = False) -> Written:
-        """Load, check, lay out and store a shard, its record last; with `check_only`, only name its bad images."""
-        self._tar.clear()  # of what an exception left
+    def begin(self, task: Task, check_only: bool = False) -> Future[Written]:
+        """Load, check and lay out a shard, then store it in the background, its record last.
+
+        With `check_only`, and where images are bad and not to be skipped, nothing is stored.
+        """
+        self._tars = self._tars[::-1]
+        written = self._load(task, self._tars[0])
+        wait([self._storing])  # one at a time, so that the other buffer is free when this returns
+        stores = not check_only and (self._job.skip or not written.bad)
+        self._storing = self._threads.submit(self._store, task, self._tars[0], written) if stores else _done(written)
+        return self._storing
+
+    def _load(self, task: Task, tar: TarBuilder) -> Written:
+        tar.clear()
         bad: list[tuple[int, str]] = []
         sizes: Counter[Size] = Counter()
         for position, (sample, content) in enumerate(zip(task.samples, self._contents(task.samples), strict=True)):
@@ -118,36 +137,45 @@ class ShardWriter:
                 bad.append((position, str(error)))
                 continue
             sizes[size] += 1
-            self._tar.add(sample.key, (data, b"%d" % sample.label)[: len(task.fields)])
+            tar.add(sample.key, (data, b"%d" % sample.label)[: len(task.fields)])
         kept = len(task.samples) - len(bad)
-        written = Written(kept, 0, "", 0, "", [(*size, count) for size, count in sorted(sizes.items())], bad)
-        return written if check_only or (bad and not self._job.skip) else self._store(task, written)
+        return NOTHING._replace(samples=kept, sizes=[(*size, count) for size, count in sorted(sizes.items())], bad=bad)
 
     def _contents(self, samples: list[Sample]) -> Iterator[bytes | Exception]:
-        """What each sample's file holds, or why it cannot be read; a few chunks are read ahead."""
+        """What each sample's file holds, or why it cannot be read; threads read ahead once files come slowly."""
+        chunks = deque(samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK))
         ahead: deque[Future[list[bytes | Exception]]] = deque()
-        for start in range(0, len(samples) + _READERS * _CHUNK, _CHUNK):
-            if start < len(samples):
-                ahead.append(self._readers.submit(_read, samples[start : start + _CHUNK]))
-            if ahead and (start >= _READERS * _CHUNK):
-                chunk = ahead.popleft().result()
-                yield from chunk
-                self._advance(len(chunk), sum(len(each) for each in chunk if isinstance(each, bytes)))
+        while chunks or ahead:
+            if self._slow:
+                while chunks and len(ahead) < _READERS:
+                    ahead.append(self._threads.submit(_read, chunks.popleft()))
+            start = time.perf_counter()
+            chunk = ahead.popleft().result() if ahead else _read(chunks.popleft())
+            self._slow = self._slow or time.perf_counter() - start > _SLOW * len(chunk)
+            yield from chunk
+            self._advance(len(chunk), sum(len(each) for each in chunk if isinstance(each, bytes)))
 
-    def _store(self, task: Task, written: Written) -> Written:
+    def _store(self, task: Task, builder: TarBuilder, written: Written) -> Written:
         put = _put_nowhere if self._job.sink is None else self._job.sink.put
         if written.samples:
-            tar, sidecar = self._tar.finish(task.fields)
+            tar, sidecar = builder.finish(task.fields)
+            digest = self._threads.submit(hashlib.sha256, tar)
             put(task.name, tar)
             put(sidecar_name(task.name), sidecar)
             written = written._replace(
                 bytes=len(tar),
-                sha256=hashlib.sha256(tar).hexdigest(),
+                sha256=digest.result().hexdigest(),
                 sidecar_bytes=len(sidecar),
                 sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
             )
         put(record_name(self._job.records, task.name), json.dumps(written._asdict()).encode())
         return written
+
+
+def _done(written: Written) -> Future[Written]:
+    future: Future[Written] = Future()
+    future.set_result(written)
+    return future
 
 
 def _put_nowhere(name: str, data: bytes | memoryview) -> None:
@@ -186,11 +214,15 @@ def write_shards(tasks: list[Task], job: Job, workers: int, advance: Advance) ->
 
 def _write_here(tasks: list[Task], job: Job, advance: Advance) -> Generator[tuple[Task, Written]]:
     writer, check_only = ShardWriter(job, advance), False
+    storing: tuple[Task, Future[Written]] | None = None
     try:
-        for task in tasks:
-            written = writer.write(task, check_only)
-            check_only = check_only or (bool(written.bad) and not job.skip)
-            yield task, written
+        for task in (*tasks, None):
+            begun = (task, writer.begin(task, check_only)) if task else None
+            if storing:
+                written = storing[1].result()
+                check_only = check_only or (bool(written.bad) and not job.skip)
+                yield storing[0], written
+            storing = begun
     finally:
         writer.close()
 
@@ -258,4 +290,4 @@ def _end_with_parent() -> None:
 
 def _write(task: Task, check_only: bool) -> Written:
     assert _writer is not None
-    return _writer.write(task, check_only)
+    return _writer.begin(task, check_only).result()

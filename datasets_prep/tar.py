@@ -19,6 +19,7 @@ _TEMPLATE = np.frombuffer(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT), np.ui
 _TEMPLATE[148:156] = ord(" ")  # as what a header counts when its checksum is taken
 _END_BLOCKS = 2
 _ZEROS = bytes(BLOCK)
+_LEAST_BLOCKS = (32 << 20) // BLOCK  # memory is taken only as it is filled
 
 Bytes = NDArray[np.uint8]
 
@@ -76,7 +77,7 @@ class TarBuilder:
         return self._flat[: end * BLOCK], sidecar
 
     def _grow(self, blocks: int) -> None:
-        larger = np.empty((max(blocks, 3 * len(self._blocks) // 2), BLOCK), np.uint8)
+        larger = np.empty((max(blocks, 2 * len(self._blocks), _LEAST_BLOCKS), BLOCK), np.uint8)
         larger[: self._used] = self._blocks[: self._used]
         self._blocks, self._flat = larger, larger.reshape(-1).data
 

@@ -103,7 +103,7 @@ def _seconds(split: SplitPlan, images: ImagePolicy) -> float:
     probed = split.samples[:_PROBED]
     writer = ShardWriter(Job(sink=None, records="", images=images, skip=True), advance=lambda samples, size: None)
     start = time.perf_counter()
-    writer.write(Task("probe.tar", split.fields, probed))
+    writer.begin(Task("probe.tar", split.fields, probed)).result()
     return (time.perf_counter() - start) / len(probed) * len(split.samples)
 
 

@@ -24,13 +24,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contestant's repeats, taken in turn after one warm-up of each."""
+def alternate(
+    contestants: dict[str, Callable[[], object]], repeats: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each contestant's repeats, taken in turn after one warm-up of each; `before` is not timed."""
     for work in contestants.values():
+        before()
         work()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, work in contestants.items():
+            before()
             times[name].append(seconds(work))
     for name, values in times.items():
         spread = f"{min(values):.4f} … {max(values):.4f}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from datasets_prep.images import MAX_PIXELS, VERBATIM, BadImage, ImagePolicy, header_size, prepare
+from datasets_prep.images import PIXEL_CAP, VERBATIM, BadImage, ImagePolicy, header_size, prepare
 from datasets_prep.sources import png
 
 FULL = ImagePolicy("full")
@@ -100,7 +100,7 @@ def _jpeg_of(width, height):
 @pytest.mark.parametrize("policy", [VERBATIM, FULL, ImagePolicy(short_side=20)], ids=["header", "full", "scaled"])
 @pytest.mark.parametrize("bomb", [_png_of(60_000, 60_000), _jpeg_of(65_000, 65_000)], ids=["png", "jpeg"])
 def test_decompression_bombs_are_refused(bomb, policy):
-    with pytest.raises(BadImage, match=f"pixels are more than {MAX_PIXELS:,}"):
+    with pytest.raises(BadImage, match=f"pixels are more than {PIXEL_CAP:,}"):
         prepare(bomb, policy)
 
 

@@ -191,10 +191,13 @@ from tests.unit.test_writer import made, write_dataset
 
 def slowly(done, total, size):
     if done > 250:
+        while not any(name.endswith("/train/shard-000000.json") for name in store.list()):
+            time.sleep(0.01)
         print("writing", flush=True)
         time.sleep(60)
 
-write_dataset(made(), Store(sys.argv[1]), seed=5, shard_mb=1, progress=slowly)
+store = Store(sys.argv[1])
+write_dataset(made(), store, seed=5, shard_mb=1, progress=slowly)
 """
 
 

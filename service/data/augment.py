@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.config import Augment
@@ -27,7 +29,8 @@ STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 _CROP_TRIES = 10
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
-_DRAWS = 2 * _CROP_TRIES + 15
+_CROP_DRAWS = 2 * _CROP_TRIES + 2
+_DRAWS = _CROP_DRAWS + 13
 
 
 class _Constants(NamedTuple):
@@ -61,44 +64,78 @@ def resize_normalise(images_BCHW: Tensor, size: int) -> Tensor:
 
 
 def random_view(
-    images_BCHW: Tensor, ids_B: Tensor, *, config: Augment, size: int, seed: int, epoch: int, view: int
+    images: Tensor,
+    ids_B: Tensor,
+    *,
+    config: Augment,
+    size: int,
+    seed: int,
+    epoch: int,
+    view: int,
+    cropped: bool = False,
 ) -> Tensor:
     """Draw one view of each image.
 
     Args:
-        images_BCHW: uint8, (B, 3, H, W).
+        images: uint8, (B, 3, H, W).
         ids_B: int64 sample ids on the same device, (B,).
         config: strengths and probabilities.
         size: side S of the view in pixels.
         seed: of the run.
         epoch: of the sample's source.
         view: number of the view; views of one image are independent.
+        cropped: whether `images` are this view's crops already, (B, 3, S, S), as `crop_boxes` names them: then all but
+            the crop is done.
 
     Returns:
         Normalised float32, (B, 3, S, S).
     """
-    draws = iter(uniform(key(seed, epoch, view), ids_B, _DRAWS).unbind(1))
-    x = images_BCHW.float() / 255
-    x = resample(x, *_crop_boxes(draws, config, *x.shape[-2:]), *_turns(draws, config), size)
-    x = _colour(x, draws, config)
+    draws = uniform(key(seed, epoch, view), ids_B, _DRAWS)
+    x = images.float() / 255
+    if cropped:
+        boxes = (0.0, 0.0, float(size), float(size))
+        box = torch.tensor(boxes, device=x.device).expand(len(x), 4).unbind(1)
+    else:
+        height, width = (torch.full_like(draws[:, 0], side) for side in x.shape[-2:])
+        box = _crop_boxes(draws, config, height, width)
+    rest = iter(draws[:, _CROP_DRAWS:].unbind(1))
+    sign, angle, shear = _turns(rest, config)
+    if cropped and not (config.rotate or config.shear):
+        x = torch.where(sign.view(-1, 1, 1, 1) < 0, x.flip(-1), x)
+    else:
+        x = resample(x, *box, sign, angle, shear, size)
+    x = _colour(x, rest, config)
     if config.blur > 0:
-        x = _blur(x, next(draws) < config.blur, _between(next(draws), config.blur_sigma))
+        x = _blur(x, next(rest) < config.blur, _between(next(rest), config.blur_sigma))
     if config.solarize > 0:
-        chosen = next(draws) < config.solarize
+        chosen = next(rest) < config.solarize
         x = torch.where(chosen.view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     return normalise(x)
+
+
+def crop_boxes(
+    ids_B: NDArray[np.int64],
+    heights_B: NDArray[np.int64],
+    widths_B: NDArray[np.int64],
+    *,
+    config: Augment,
+    seed: int,
+    epoch: int,
+    view: int,
+) -> NDArray[np.int64]:
+    """Draw the crops of `random_view` for images of these sizes: top, left, height and width in pixels, (B, 4)."""
+    draws = uniform(key(seed, epoch, view), torch.as_tensor(ids_B), _CROP_DRAWS)
+    height, width = (torch.as_tensor(sides, dtype=torch.float32) for sides in (heights_B, widths_B))
+    return torch.stack(_crop_boxes(draws, config, height, width), 1).to(torch.int64).numpy()
 
 
 def _between(u: Tensor, low_high: tuple[float, float]) -> Tensor:
     return low_high[0] + u * (low_high[1] - low_high[0])
 
 
-def _crop_boxes(
-    draws: Iterator[Tensor], config: Augment, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _crop_boxes(draws: Tensor, config: Augment, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width (B,) in whole pixels: the first of ten draws that fits, else the whole image."""
-    scale = torch.stack([next(draws) for _ in range(_CROP_TRIES)])
-    log_ratio = torch.stack([next(draws) for _ in range(_CROP_TRIES)])
+    scale, log_ratio = draws[:, :_CROP_TRIES].T, draws[:, _CROP_TRIES : 2 * _CROP_TRIES].T
     area = _between(scale, config.crop_scale) * (height * width)
     low, high = (math.log(r) for r in config.crop_ratio)
     ratio = torch.exp(_between(log_ratio, (low, high)))
@@ -106,10 +143,10 @@ def _crop_boxes(
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.to(torch.uint8).argmax(0, keepdim=True)
     any_fits = fits.any(0)
-    w = torch.where(any_fits, w.gather(0, first)[0], float(width))
-    h = torch.where(any_fits, h.gather(0, first)[0], float(height))
-    top = torch.floor(next(draws) * (height - h + 1))
-    left = torch.floor(next(draws) * (width - w + 1))
+    w = torch.where(any_fits, w.gather(0, first)[0], width)
+    h = torch.where(any_fits, h.gather(0, first)[0], height)
+    top = torch.floor(draws[:, 2 * _CROP_TRIES] * (height - h + 1))
+    left = torch.floor(draws[:, 2 * _CROP_TRIES + 1] * (width - w + 1))
     return top, left, h, w
 
 

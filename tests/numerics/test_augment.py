@@ -88,8 +88,8 @@ def test_shear_slants_like_torchvision():
 def test_crop_boxes_follow_torchvision():
     count, size = 6000, 32
     config = Augment(crop_scale=(0.2, 1.0))
-    draws = iter(uniform(key(5), torch.arange(count), 40).unbind(1))
-    ours = torch.stack(augment._crop_boxes(draws, config, size, size), 1).numpy()
+    sides = np.full(count, size)
+    ours = augment.crop_boxes(np.arange(count), sides, sides, config=config, seed=5, epoch=0, view=0).astype(float)
     torch.manual_seed(0)
     crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0))
     image = torch.zeros(3, size, size)
@@ -101,6 +101,35 @@ def test_crop_boxes_follow_torchvision():
         a, b = (np.histogram(x[:, column], bins=8, range=(0, size + 1))[0] / count for x in (ours, theirs))
         assert np.abs(a - b).max() < 0.03
     np.testing.assert_allclose(np.corrcoef(ours.T), np.corrcoef(theirs.T), atol=0.06)
+
+
+def test_the_reader_crops_where_a_whole_batch_view_does():
+    images, ids = pixels(32, side=64), torch.arange(32)
+    draw = {"seed": 3, "epoch": 1, "view": 1}
+    config = Augment(rotate=0.0)
+    sides = np.full(32, 64)
+    boxes = augment.crop_boxes(ids.numpy(), sides, sides, config=config, **draw)
+    assert len(np.unique(boxes, axis=0)) == 32
+    crops = [
+        F.interpolate(image[None, :, t : t + h, left : left + w].float(), (64, 64), mode="bilinear")[0].round().byte()
+        for image, (t, left, h, w) in zip(images, boxes, strict=True)
+    ]
+    whole = augment.random_view(images, ids, config=config, size=64, **draw)
+    ours = augment.random_view(torch.stack(crops), ids, config=config, size=64, cropped=True, **draw)
+    inner = (..., slice(4, -4), slice(4, -4))  # a cut image repeats its edge
+    assert (whole[inner] - ours[inner]).abs().max() < 0.05
+
+
+def test_boxes_of_images_of_many_sizes_stay_inside_and_need_no_company():
+    rng = np.random.default_rng(0)
+    ids, heights, widths = rng.integers(1 << 40, size=500), *rng.integers(1, 3000, (2, 500))
+    draw = {"config": Augment(crop_scale=(0.05, 1.0)), "seed": 0, "epoch": 2, "view": 1}
+    boxes = augment.crop_boxes(ids, heights, widths, **draw)
+    top, left, height, width = boxes.T
+    assert boxes.dtype == np.int64 and (boxes >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (top + height <= heights).all() and (left + width <= widths).all()
+    alone = [augment.crop_boxes(ids[i : i + 1], heights[i : i + 1], widths[i : i + 1], **draw)[0] for i in range(500)]
+    np.testing.assert_array_equal(alone, boxes)
 
 
 def jittered(theirs, images, **options):

@@ -1,114 +1,176 @@
-"""Batches of a plan straight from shards: whole tars into a node's cache, memory-mapped, decoded ahead by threads."""
+"""Batches of a plan straight from shards: fetched ahead by some threads, decoded ahead by others.
+
+Shape legend: B samples of a rank's batch, V views, S side of a decoded square.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datasets_prep.errors import UserError
 from datasets_prep.index import Shard
-from service.data.plan import SamplePlan, locate
-from service.data.resident import cache_root
-from service.data.split import DataSplit, Pixels, decode_sample, decode_side
+from service.config import Augment
+from service.data.augment import crop_boxes
+from service.data.budget import ATTEMPTS, ErrorBudget, replacement
+from service.data.cache import ShardCache
+from service.data.decode import Pixels, decode_crops, decode_rgb, fit, image_size
+from service.data.plan import Ids, Plan
+from service.data.split import DataSplit, OpenShard
 
 _STEPS_AHEAD = 3
+_PART = 32  # samples that one task decodes at most: few enough to share out, enough to draw their crops at once
 
 
-class ShardCache:
-    """Shards as files of a node's cache folder, least recently used ones removed beyond a byte budget.
+class Decoder(Protocol):
+    """How encoded images become pixels."""
 
-    Files appear by rename, under a name that holds their checksum, so processes of a node can share the folder.
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of a batch: samples on the axis before the last three."""
+        ...
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """Pixels of each image, (…, S, S, 3), or why there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The centre square of each image, antialiased: batches (B, S, S, 3)."""
+
+    side: int
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """As `Decoder.shape`."""
+        return (batch, self.side, self.side, 3)
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """As `Decoder.decode`."""
+        return [_attempt(lambda data: fit(decode_rgb(data), self.side), data) for data in encoded]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops of each image, all from one decoding, antialiased: batches (V, B, S, S, 3)."""
+
+    augment: Augment
+    side: int
+    views: int
+    seed: int
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """As `Decoder.shape`."""
+        return (self.views, batch, self.side, self.side, 3)
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """As `Decoder.decode`."""
+        sizes = [_attempt(image_size, data) for data in encoded]
+        heights, widths = np.array([(1, 1) if isinstance(size, ValueError) else size for size in sizes]).T
+        draw = {"config": self.augment, "seed": self.seed, "epoch": epoch}
+        boxes = np.stack([crop_boxes(ids, heights, widths, view=view, **draw) for view in range(self.views)], 1)
+        return [
+            size if isinstance(size, ValueError) else _attempt(decode_crops, data, box, self.side)
+            for size, data, box in zip(sizes, encoded, boxes, strict=True)
+        ]
+
+
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        return error
+
+
+class ShardQueue:
+    """Open shards of a reader by number, in order of use; the least recently used are let go beyond `most`.
+
+    Only the thread that iterates may call it.
     """
 
-    def __init__(self, split: DataSplit, budget_bytes: float) -> None:
-        self.split, self.budget = split, budget_bytes
-        self.folder = cache_root() / "shards"
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, shards: Sequence[tuple[DataSplit, Shard]], cache: ShardCache, most: int) -> None:
+        self._shards, self._cache, self._most = shards, cache, most
+        self._opened: OrderedDict[int, Future[OpenShard]] = OrderedDict()
 
-    def fetch(self, shard: Shard) -> mmap.mmap:
-        """Map a shard's tar, fetching it first when it is not here."""
-        path = self.folder / f"{shard.sha256}.tar"
-        with open(self.folder / "lock", "w") as lock:  # one for the folder: what is found here is not evicted meanwhile
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                data = self.split.shard_bytes(shard)
-                self._make_room(len(data))
-                unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-                unfinished.write_bytes(data)
-                unfinished.rename(path)
-            os.utime(path)
-            with open(path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def request(self, numbers: Iterable[int], pool: ThreadPoolExecutor) -> None:
+        """Start to fetch what is not open."""
+        for number in numbers:
+            if number not in self._opened:
+                split, shard = self._shards[number]
+                self._opened[number] = pool.submit(split.open_shard, shard, self._cache.fetch)
+            self._opened.move_to_end(number)
+        while len(self._opened) > self._most:
+            self._opened.popitem(last=False)[1].cancel()
 
-    def _make_room(self, wanted: int) -> None:
-        files = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.tar")), reverse=True)
-        used = wanted
-        for _, size, path in files:
-            used += size
-            if used > self.budget:
-                path.unlink(missing_ok=True)  # a mapping of it stays valid
+    def are_open(self, numbers: Iterable[int]) -> bool:
+        """Say whether `get` would return at once."""
+        return all(number in self._opened and self._opened[number].done() for number in numbers)
+
+    def get(self, number: int) -> OpenShard:
+        """Wait for a requested shard; raises what went wrong in fetching it."""
+        self._opened.move_to_end(number)
+        return self._opened[number].result()
+
+    def forget_unfinished(self) -> None:
+        """Drop what was requested and is not open, so that another pool can fetch it."""
+        for number, future in list(self._opened.items()):
+            if future.cancel() or not future.done() or future.exception():
+                del self._opened[number]
 
 
 class StreamBatches:
-    """As `ResidentBatches`, pixel for pixel, without holding the split: for data sets larger than memory.
+    """As `ResidentBatches`, without holding the samples: for data sets larger than memory.
 
     Args:
-        split: what to read.
-        plan: of the split.
-        image_size: side of the views, which decides the side that images are decoded to.
+        shards: of the sources, in the order of the plan.
+        plan: of the samples.
+        decoder: what becomes of an image.
+        cache: of the node.
         workers: decoding threads.
-        cache_gb: byte budget of the node's shard cache, in GB.
+        prefetch: shards fetched at once.
+        max_bad: unreadable samples that an epoch may have.
         device: where batches go.
     """
 
     def __init__(
         self,
-        split: DataSplit,
-        plan: SamplePlan,
+        shards: Sequence[tuple[DataSplit, Shard]],
+        plan: Plan,
+        decoder: Decoder,
         *,
-        image_size: int,
+        cache: ShardCache,
         workers: int,
-        cache_gb: float,
+        prefetch: int,
+        max_bad: int,
         device: torch.device,
     ) -> None:
-        self.split, self.plan, self.workers, self.device = split, plan, workers, device
-        self.side = decode_side(split, image_size)
-        self.cache = ShardCache(split, cache_gb * 1e9)
-        self._opened = lru_cache(maxsize=2 * plan.partitions)(self._open)
-
-    def _open(self, number: int) -> tuple[mmap.mmap, NDArray[np.void]]:
-        shard = self.split.rows.shards[number]
-        return self.cache.fetch(shard), self.split.sidecar(shard)
-
-    def _decode(self, number: int, row: int) -> Pixels:
-        tar, rows = self._opened(number)
-        return decode_sample(self.split, self.split.rows.shards[number], rows[row], memoryview(tar), self.side)
+        self.shards, self.plan, self.decoder, self.cache, self.device = shards, plan, decoder, cache, device
+        self.workers, self.prefetch = workers, prefetch
+        self.budget = ErrorBudget(max_bad)
 
     def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images (B, 3, H, W) uint8, ids (B,)) of global steps `start` … `stop − 1` on the device."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead: deque[tuple[NDArray[np.int64], list[Future[Pixels]]]] = deque()
-            try:
-                for step in range(start, stop):
-                    ids = self.plan.batch(step, rank, world)
-                    places = zip(*locate(self.plan.shard_samples, ids), strict=True)
-                    ahead.append((ids, [pool.submit(self._decode, int(n), int(r)) for n, r in places]))
-                    if len(ahead) > _STEPS_AHEAD:
-                        yield self._collect(*ahead.popleft())
-                while ahead:
-                    yield self._collect(*ahead.popleft())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Yield (images, ids (B,)) of global steps `start` … `stop − 1` on the device.
 
-    def _collect(self, ids: NDArray[np.int64], futures: list[Future[Pixels]]) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(np.stack([f.result() for f in futures])).permute(0, 3, 1, 2)
-        return images.to(self.device, non_blocking=True), torch.from_numpy(ids).to(self.device, non_blocking=True)
+        Images are uint8, (B, 3, S, S), or (V, B, 3, S, S) where the decoder cuts views.
+        """
+        open_at_once = self.plan.most_open(np.ones(len(self.shards), np.int64), world)
+        queue = ShardQueue(self.shards, self.cache, open_at_once + self.prefetch)
+        fetching, decoding = ThreadPoolExecutor(self.prefetch), ThreadPoolExecutor(self.workers)
+        steps = deque(range(start, stop))
+        looked, ahead = start, deque[_Step]()
+        try:
+            while steps or ahead:
+                while steps and len(ahead) <= _STEPS_AHEAD:
+                    looked = self._look_ahead(queue, fetching, looked, min(stop, steps[0] + self.plan.steps_per_window))
+                    step = _Step(steps[0], *self._places(steps[0], rank, world))
+                    ...
+        finally:
+            for pool in (decoding, fetching):
+                pool.shutdown(wait=False, cancel_futures=True)

@@ -82,7 +82,7 @@ class SamplePlan:
     @property
     def steps_per_window(self) -> int:
         """Steps in which the plan goes through one window: how far ahead shards are worth fetching."""
-        return max(1, self.window // self._per_step)
+        return max(1, min(self.window, self.per_partition) // self._per_step)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Ids:
         """Sample ids, (B / world,), of a rank's slice of global `step`, counted from the start of the run.
@@ -126,12 +126,12 @@ class SamplePlan:
             groups: equal groups, such as hosts, that the partitions are dealt to; the sum is over the worst one.
         """
         layout = _layout(self, 0)
-        starts = np.concatenate([layout.starts, layout.starts + self.samples])  # partitions wrap around the end
-        total = np.concatenate([[0], np.cumsum(np.tile(weights[layout.order], 2))])
+        starts = np.concatenate([layout.starts + turn * self.samples for turn in range(4)])  # partitions wrap around
+        total = np.concatenate([[0], np.cumsum(np.tile(weights[layout.order], 4))])
         first = layout.offset + np.arange(self.partitions)[:, None] * self.per_partition
-        windows = np.arange(0, self.per_partition, self.window)
-        until = np.minimum(windows + 2 * self.window, self.per_partition) - 1
-        low, high = (np.searchsorted(starts, first + at, side="right") for at in (windows, until))
+        size = min(self.window, self.per_partition)
+        windows = np.arange(0, self.per_partition, size)  # the next one of the last is of another epoch, as large
+        low, high = (np.searchsorted(starts, first + at, side="right") for at in (windows, windows + 2 * size - 1))
         groups_of = np.arange(0, self.partitions, -(-self.partitions // groups))
         worst = np.add.reduceat(total[high] - total[low - 1], groups_of, axis=0).max()
         return int(min(worst, weights.sum()))
@@ -187,7 +187,8 @@ class MixturePlan:
         """Steps in which no source goes through more than one window."""
         per_step = self.batch_size // self.partitions
         shares = zip(self.plans, self._shares, strict=True)
-        return max(1, min(int(plan.window * sum(self._shares) / share / per_step) for plan, share in shares))
+        sizes = ((min(plan.window, plan.per_partition), share) for plan, share in shares)
+        return max(1, min(int(size * sum(self._shares) / share / per_step) for size, share in sizes))
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Ids:
         """As `SamplePlan.batch`."""

@@ -19,6 +19,7 @@ from service.data.decode import DECODER, decode_rgb, fit
 from service.data.plan import SamplePlan
 from service.data.split import DataSplit, decode_side
 
+
 class Decoded(NamedTuple):
     """A decoded split: pixels (N, 3, side, side), and the ids of unreadable samples, whose pixels are zero."""
 

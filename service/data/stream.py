@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets_prep.errors import UserError
@@ -27,6 +26,7 @@ from service.data.plan import Ids, Plan
 from service.data.split import DataSplit, OpenShard
 
 _STEPS_AHEAD = 3
+_LOOKS = 64  # steps that are looked at for their shards before one batch
 _PART = 32  # samples that one task decodes at most: few enough to share out, enough to draw their crops at once
 
 
@@ -118,11 +118,9 @@ class ShardQueue:
         self._opened.move_to_end(number)
         return self._opened[number].result()
 
-    def forget_unfinished(self) -> None:
-        """Drop what was requested and is not open, so that another pool can fetch it."""
-        for number, future in list(self._opened.items()):
-            if future.cancel() or not future.done() or future.exception():
-                del self._opened[number]
+    def unfinished(self) -> int:
+        """Number of shards that are still to come."""
+        return sum(not future.done() for future in self._opened.values())
 
 
 class StreamBatches:
@@ -160,17 +158,109 @@ class StreamBatches:
 
         Images are uint8, (B, 3, S, S), or (V, B, 3, S, S) where the decoder cuts views.
         """
-        open_at_once = self.plan.most_open(np.ones(len(self.shards), np.int64), world)
-        queue = ShardQueue(self.shards, self.cache, open_at_once + self.prefetch)
-        fetching, decoding = ThreadPoolExecutor(self.prefetch), ThreadPoolExecutor(self.workers)
-        steps = deque(range(start, stop))
-        looked, ahead = start, deque[_Step]()
+        steps = _Steps(self, range(start, stop), rank, world)
         try:
-            while steps or ahead:
-                while steps and len(ahead) <= _STEPS_AHEAD:
-                    looked = self._look_ahead(queue, fetching, looked, min(stop, steps[0] + self.plan.steps_per_window))
-                    step = _Step(steps[0], *self._places(steps[0], rank, world))
-                    ...
+            yield from steps
         finally:
-            for pool in (decoding, fetching):
-                pool.shutdown(wait=False, cancel_futures=True)
+            steps.close()
+
+    def part(self, out: Pixels, ids: Ids, places: Sequence[tuple[OpenShard, int]], epoch: int) -> list[str]:
+        """Decode samples into `out`, (…, samples, S, S, 3), and say which were bad.
+
+        Those are replaced: `ids` then holds the ids of what `out` shows.
+        """
+        encoded = [opened.encoded(row) for opened, row in places]
+        faults: list[str] = []
+        for i, pixels in enumerate(self.decoder.decode(encoded, ids, epoch)):
+            if isinstance(pixels, ValueError):
+                opened, row = places[i]
+                faults.append(opened.fault(row, pixels))
+                if not self.budget.most:
+                    break
+                ids[i], pixels = self._replace(int(ids[i]), opened, row, epoch)
+            out[..., i, :, :, :] = pixels
+        return faults
+
+    def _replace(self, id_: int, opened: OpenShard, row: int, epoch: int) -> tuple[int, Pixels]:
+        for attempt in range(ATTEMPTS):
+            other = replacement(self.plan, id_, attempt)
+            encoded = [opened.encoded(row + other - id_)]
+            [pixels] = self.decoder.decode(encoded, np.array([other]), epoch)
+            if not isinstance(pixels, ValueError):
+                return other, pixels
+        raise UserError(f"{opened.uri}: {ATTEMPTS} samples drawn to replace one all cannot be decoded: shard again")
+
+
+class _Steps:
+    """One pass of a reader over consecutive steps, with its threads."""
+
+    def __init__(self, reader: StreamBatches, steps: range, rank: int, world: int) -> None:
+        self._reader, self._plan, self._place = reader, reader.plan, (rank, world)
+        self._coming, self._looked = deque(steps), deque(steps)
+        self._ids: dict[int, Ids] = {}
+        most = reader.plan.most_open(np.ones(len(reader.shards), np.int64), world)
+        self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch)
+        self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), ThreadPoolExecutor(reader.workers)
+
+    def close(self) -> None:
+        """End the threads; what they are at is finished first."""
+        for pool in (self._decoding, self._fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        ahead: deque[_Batch] = deque()
+        while self._coming or ahead:
+            while self._coming and len(ahead) <= _STEPS_AHEAD:
+                self._look_ahead()
+                ids = self._ids[self._coming[0]]
+                numbers, rows = self._plan.locate(ids)
+                needed = np.unique(numbers).tolist()
+                if ahead and not self._queue.are_open(needed):
+                    break  # what is decoded already need not wait for the network
+                self._queue.request(needed, self._fetching)
+                opened = {number: self._queue.get(number) for number in needed}
+                places = [(opened[n], row) for n, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+                ahead.append(self._start(self._coming.popleft(), places))
+            yield self._finish(ahead.popleft())
+
+    def _look_ahead(self) -> None:
+        """Request the shards of coming steps in order of need, up to a window ahead."""
+        until = self._coming[0] + self._plan.steps_per_window
+        for _ in range(_LOOKS):
+            if not self._looked or self._looked[0] > until:
+                return
+            if self._looked[0] > self._coming[0] and self._queue.unfinished() >= 2 * self._reader.prefetch:
+                return
+            step = self._looked.popleft()
+            ids = self._ids[step] = self._plan.batch(step, *self._place)
+            self._queue.request(np.unique(self._plan.locate(ids)[0]).tolist(), self._fetching)
+
+    def _start(self, step: int, places: Sequence[tuple[OpenShard, int]]) -> _Batch:
+        reader, ids = self._reader, self._ids.pop(step)
+        epoch = step // self._plan.steps_per_epoch
+        images = torch.empty(reader.decoder.shape(len(ids)), dtype=torch.uint8, pin_memory=reader.device.type == "cuda")
+        size = min(_PART, -(-len(ids) // reader.workers))
+        parts = [
+            self._decoding.submit(
+                reader.part, images.numpy()[..., i : i + size, :, :, :], ids[i : i + size], places[i : i + size], epoch
+            )
+            for i in range(0, len(ids), size)
+        ]
+        return _Batch(epoch, images, ids, parts)
+
+    def _finish(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        device, budget = self._reader.device, self._reader.budget
+        for part in batch.parts:
+            budget.spend(batch.epoch, part.result())
+        images = batch.images.movedim(-1, -3)
+        return images.to(device, non_blocking=True), torch.from_numpy(batch.ids).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is being decoded."""
+
+    epoch: int
+    images: Tensor
+    ids: Ids
+    parts: list[Future[list[str]]]

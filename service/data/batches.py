@@ -16,7 +16,7 @@ from service.data.cache import ShardCache
 from service.data.plan import Plan, SamplePlan, check_cache
 from service.data.resident import ResidentBatches, load_images
 from service.data.split import DataSplit, OpenShard, decode_side, remote_bytes, resolve_mode, shards_of, whole_side
-from service.data.stream import Crops, Squares, StreamBatches
+from service.data.stream import Crops, Squares, StreamBatches, decoding_threads
 
 
 def open_batches(
@@ -70,7 +70,7 @@ def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) 
 def _streamed(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     side = decode_side(split, data.eval_image_size)
     faults: list[str] = []
-    with ThreadPoolExecutor(data.workers) as pool:
+    with decoding_threads(data.workers) as pool:
         for opened, rows in _shards_between(split, data, start, stop):
             for first in range(rows.start, rows.stop, batch):
                 some = range(first, min(first + batch, rows.stop))

@@ -167,19 +167,22 @@ def open_sources(data: Data) -> list[DataSplit]:
     return [DataSplit(store, read_index(store), name) for store, name in stores]
 
 
+def plan_split(split: DataSplit, *, batch_size: int, partitions: int, window: int | None, seed: int) -> SamplePlan:
+    """Plan one split; without a window, as many samples as a mean shard has are shuffled together, at most 4096."""
+    mean = max(1, split.samples // len(split.rows.shards))
+    return SamplePlan(split.shard_samples, batch_size, partitions, window or min(_WINDOW, mean), seed)
+
+
 def make_plan(sources: Sequence[DataSplit], data: Data, seed: int) -> Plan:
     """Plan the samples to train on: of one split, or of the sources of a mixture."""
     partitions = canonical_partitions(data.partitions, data.batch_size)
-
-    def plan_of(split: DataSplit, batch_size: int, seed: int) -> SamplePlan:
-        mean = split.samples // len(split.rows.shards)
-        window = data.window or max(1, min(_WINDOW, mean))
-        return SamplePlan(split.shard_samples, batch_size, partitions, window, seed)
-
     if not data.mixture:
-        return plan_of(sources[0], data.batch_size, seed)
+        return plan_split(sources[0], batch_size=data.batch_size, partitions=partitions, window=data.window, seed=seed)
     assert data.steps_per_epoch is not None, "checked by the config"
-    plans = tuple(plan_of(split, partitions, key(seed, number)) for number, split in enumerate(sources))
+    plans = tuple(
+        plan_split(split, batch_size=partitions, partitions=partitions, window=data.window, seed=key(seed, number))
+        for number, split in enumerate(sources)
+    )
     weights = tuple(source.weight for source in data.mixture.values())
     return MixturePlan(plans, weights, data.batch_size, data.steps_per_epoch)
 

@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,6 +88,23 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except ValueError as error:
         return error
+
+
+def decoding_threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations each run in their thread alone."""
+    return ThreadPoolExecutor(count, initializer=_compute_alone, initargs=(torch.get_num_threads(),))
+
+
+def _compute_alone(threads: int) -> None:
+    """Take no further threads for the calling thread's operations: waiting for them costs more than resizing an image.
+
+    torch keeps such a number for each thread and one for threads to come; the latter, `threads`, is put back.
+    """
+    torch.get_num_threads()  # the first call in a thread sets its number to that of threads to come
+    torch.set_num_threads(1)
+    restoring = Thread(target=torch.set_num_threads, args=(threads,))
+    restoring.start()
+    restoring.join()
 
 
 class ShardQueue:
@@ -200,7 +218,7 @@ class _Steps:
         self._ids: dict[int, Ids] = {}
         most = reader.plan.most_open(np.ones(len(reader.shards), np.int64), world)
         self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch)
-        self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), ThreadPoolExecutor(reader.workers)
+        self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), decoding_threads(reader.workers)
 
     def close(self) -> None:
         """End the threads; what they are at is finished first."""

@@ -105,7 +105,7 @@ def members(file: Seekable, start: int = 0, stop: int | None = None) -> Iterator
 def _header_fault(header: bytes, position: int) -> tuple[str, int]:
     """Say what is wrong with a header, or its content's size."""
     if len(header) < _BLOCK:
-        return f"it ends after {position + len(header)} bytes without its end mark: it is truncated", 0
+        return f"it ends before byte {position + _BLOCK}, without its end mark: it is truncated", 0
     try:
         if _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32:
             return "", _number(header[124:136])
@@ -164,9 +164,9 @@ class Entry:
     faults: list[str] = field(default_factory=list[str])
 
     @property
-    def image(self) -> str | None:
-        """Extension of the image."""
-        return next((name for name in self.members if name in IMAGE_FIELDS), None)
+    def image(self) -> str:
+        """Extension of the image; only a sample without faults is sure to have one."""
+        return next(name for name in self.members if name in IMAGE_FIELDS)
 
     def label(self) -> int | None:
         """Return the number in `.cls`, None where there is no such member or no number in it."""

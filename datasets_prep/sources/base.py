@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from datasets_prep.errors import UserError, refuse
 
 UNLABELLED = -1
+SPLITS = ("train", "val", "test", "unlabelled")
 EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 
 

@@ -61,7 +61,6 @@ def _samples(tar: Path, faults: list[str]) -> Iterator[Sample]:
 
 
 def _sample(tar: Path, entry: Entry) -> Sample:
-    assert entry.image is not None
     image = entry.members[entry.image]
     label = entry.label()
     key = Path(entry.key).as_posix()

@@ -24,7 +24,7 @@ from datasets_prep.index import INDEX_NAME, LABELS_NAME, Index, Shard, SizeQuant
 from datasets_prep.members import IMAGE_FIELDS, Entry, Stream, entries
 from datasets_prep.shards import sidecar_name
 from datasets_prep.sources.base import SPLITS, UNLABELLED, class_names, label_faults, split_of
-from datasets_prep.tar import npy, sidecar
+from datasets_prep.tar import npy, sidecar_bytes
 
 MARK = "incomplete.json"  # there while tars are being indexed, or after that was killed: sidecars beside it are ours
 _SORTED_AT_LEAST = 0.05  # share of equal neighbours above chance that is worth a warning
@@ -181,7 +181,7 @@ def _finish(store: Address, write: bool, name: str, samples: list[Entry], stream
         np.array([[getattr(member, what) for member in row] for row in members], np.int64)
         for what in ("offset", "size")
     )
-    rows = sidecar([entry.key for entry in samples], offsets, sizes)
+    rows = sidecar_bytes([entry.key for entry in samples], offsets, sizes)
     if write:
         store.put(sidecar_name(name), rows)
     size, sha256 = stream.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,17 @@ import numpy as np
 
 from datasets_prep.errors import UserError
 from datasets_prep.index import Index
-from service.config import RunConfig, canonical_partitions
-from service.data.plan import SamplePlan, check_cache
-from service.data.split import DataSplit, read_index, resolve_mode
+from service.config import RunConfig
+from service.data.plan import check_cache
+from service.data.split import (
+    DataSplit,
+    make_plan,
+    open_sources,
+    read_index,
+    remote_bytes,
+    resolve_mode,
+    shards_of,
+)
 from service.data.store import Store
 
 
@@ -23,29 +32,46 @@ class Plan:
 
     config: RunConfig
     index: Index
+    sources: tuple[DataSplit, ...]
     partitions: int
     steps_per_epoch: int
     steps: int
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all data that the run reads: the index's own, or one that covers the sources of a mixture too."""
+        if not self.config.data.mixture:
+            return self.index.fingerprint
+        parts = [self.index.fingerprint, *(source.index.fingerprint for source in self.sources)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
     def rows(self) -> list[tuple[str, str]]:
         """What a person should see before the run starts."""
         data = self.config.data
-        split = self.index.splits[data.train_split]
-        kept = self.steps_per_epoch * data.batch_size
-        return [
-            ("data", f"{data.uri}  ({self.index.name}, fingerprint {self.index.fingerprint})"),
-            ("training", f"{split.samples:,} samples in {len(split.shards)} shards, read {data.mode}"),
+        shards = len(shards_of(self.sources))
+        left_out = self._samples - self.steps_per_epoch * data.batch_size
+        rows = [
+            ("data", f"{data.uri}  ({self.index.name}, fingerprint {self.fingerprint})"),
+            ("training", f"{self._samples:,} samples in {shards} shards, read {data.mode}"),
             ("batch", f"{data.batch_size} over {self.config.parallel.workers} workers, {self.partitions} partitions"),
             ("steps", f"{self.steps:,} = {self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}"),
-            ("left out", f"{split.samples - kept} samples an epoch, others each time"),
         ]
+        if not data.mixture:
+            return [*rows, ("left out", f"{left_out} samples an epoch, others each time")]
+        total = sum(source.weight for source in data.mixture.values())
+        shares = (f"{source.weight / total:.1%} {name}" for name, source in data.mixture.items())
+        return [*rows, ("mixture", ", ".join(shares))]
+
+    @property
+    def _samples(self) -> int:
+        return sum(source.samples for source in self.sources)
 
     def summary(self) -> dict[str, Any]:
         """The same for programs."""
         return {
             "data": self.config.data.uri,
-            "fingerprint": self.index.fingerprint,
-            "samples": self.index.splits[self.config.data.train_split].samples,
+            "fingerprint": self.fingerprint,
+            "samples": self._samples,
             "partitions": self.partitions,
             "steps_per_epoch": self.steps_per_epoch,
             "steps": self.steps,
@@ -58,28 +84,33 @@ def make(config: RunConfig) -> Plan:
     Raises:
         UserError: data missing, of another modality, without the splits, or too small for the batch.
     """
-    config = _with(config, uri=_absolute(config.data.uri))
+    data = config.data
+    mixed = {n: m.model_copy(update={"uri": _absolute(m.uri)}) for n, m in data.mixture.items()}
+    config = _with(config, uri=_absolute(data.uri), mixture=mixed)
     store = Store(config.data.uri)
     index = read_index(store)
-    if index.modality != "image":
-        raise UserError(f"{store.uri} holds {index.modality} samples, and family {config.family.kind} takes images")
     split = DataSplit(store, index, config.data.train_split)
     others = [
         DataSplit(store, index, name)
         for name in (config.data.val_split, config.data.test_split)
         if name == config.data.val_split or name in index.splits
     ]
+    sources = tuple(open_sources(config.data)) if mixed else (split,)
+    for each in (split, *sources):
+        if each.index.modality != "image":
+            raise UserError(
+                f"{each.store.uri} holds {each.index.modality} samples, and family {config.family.kind} takes images"
+            )
     if not index.classes:
         raise UserError(f"{store.uri} has no classes, and the linear probe that chooses encoders needs labels")
     _check_labels(split, config, others)
-    partitions = canonical_partitions(config.data.partitions, config.data.batch_size)
-    sample_plan = SamplePlan(split.shard_samples, config.data.batch_size, partitions, config.data.window, config.seed)
+    sample_plan = make_plan(sources, config.data, config.seed)
     config = _with(config, mode=resolve_mode(split, config.data))
     if config.data.mode == "stream":
-        largest = max(shard.bytes for shard in split.rows.shards)
-        check_cache(sample_plan, budget_bytes=config.data.cache_gb * 1e9, shard_bytes=largest, hosts=1)
+        budget = config.data.cache_gb * 1e9
+        check_cache(sample_plan, budget_bytes=budget, shard_bytes=remote_bytes(sources), hosts=1)
     per_epoch = sample_plan.steps_per_epoch
-    return Plan(config, index, partitions, per_epoch, config.schedule.length(per_epoch))
+    return Plan(config, index, sources, sample_plan.partitions, per_epoch, config.schedule.length(per_epoch))
 
 
 def check_resources(config: RunConfig, cpus: float, gpus: float) -> bool:

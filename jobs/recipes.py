@@ -111,11 +111,22 @@ def _variants(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
+def _named(annotation: Any) -> type[BaseModel] | None:
+    """Config type of the values of a mapping by name, such as the sources of a mixture."""
+    variants = _variants(get_args(annotation)[1]) if get_origin(annotation) is dict else []
+    return variants[0] if variants else None
+
+
 def _merge(base: Tree, change: Tree, model: type[BaseModel]) -> Tree:
     """Lay `change` over `base`; where it names another `kind`, that kind's defaults replace the siblings."""
     merged = dict(base)
     for name, value in change.items():
         field = model.model_fields.get(name)
+        if field and (named := _named(field.annotation)) and isinstance(value, dict):
+            before = cast(dict[str, Tree], base.get(name, {}))
+            changed = cast(dict[str, Tree], value)
+            merged[name] = before | {k: _merge(before.get(k, _defaults(named)), v, named) for k, v in changed.items()}
+            continue
         variants = _variants(field.annotation) if field else []
         if not variants or not isinstance(value, dict):
             merged[name] = value

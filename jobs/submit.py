@@ -58,11 +58,11 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
         folder = Path(scratch)
         built = package.build(made.config, folder)
-        name, config = package.run_name(made.config, made.index.fingerprint, built.code), made.config
+        name, config = package.run_name(made.config, made.fingerprint, built.code), made.config
         root = Store(profile.storage_uri)
         while new and root.exists(f"{name}/{RESULT}"):
             config = config.model_copy(update={"repeat": config.repeat + 1})
-            name = package.run_name(config, made.index.fingerprint, built.code)
+            name = package.run_name(config, made.fingerprint, built.code)
         (folder / package.CONFIG_NAME).write_text(json.dumps(config.plain(), indent=1))
 
         def submission(state: Any, job: str | None = None) -> Submission:

@@ -85,6 +85,14 @@ class Augment(Frozen):
         return self
 
 
+class Source(Frozen):
+    """One source of a mixture."""
+
+    uri: str = Field(min_length=1, description="folder or s3:// address of a data set")
+    weight: Positive = Field(1.0, description="share of the samples, relative to the other sources")
+    split: str = "train"
+
+
 class Data(Frozen):
     """Where the samples come from and how they become batches."""
 
@@ -99,10 +107,20 @@ class Data(Frozen):
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(256, description="samples of one global step, over all workers")
     partitions: Count = Field(64, description="canonical partitions of the plan, lowered until they divide the batch")
-    window: Count = Field(4096, description="samples of one partition that are shuffled together")
+    window: Count | None = Field(
+        None, description="samples of one partition that are shuffled together; none: a mean shard's, at most 4096"
+    )
+    mixture: dict[str, Source] = Field(
+        {}, description="sources to train on instead of uri's train split, by name; uri still serves evaluation"
+    )
+    steps_per_epoch: Count | None = Field(None, description="what a mixture calls an epoch")
     mode: Literal["auto", "resident", "stream"] = Field("auto", description="resident: decode once into memory")
     resident_gb: Positive = Field(4.0, description="largest decoded training split that `auto` keeps in memory, in GB")
     cache_gb: Positive = Field(20.0, description="byte budget of a node's shard cache, in GB")
+    prefetch: Count = Field(8, description="shards fetched at once, at most one window ahead")
+    max_bad: Annotated[int, Field(ge=0)] = Field(
+        0, description="samples of an epoch that may be unreadable and are replaced by others"
+    )
     workers: Count = Field(2, description="threads that decode images in parallel")
     augment: Augment = Augment()  # pyright: ignore[reportCallIssue]
 
@@ -116,6 +134,17 @@ class Data(Frozen):
         splits = [self.train_split, self.val_split, self.test_split]
         if len(set(splits)) < len(splits):
             raise ValueError(f"train_split, val_split, test_split={splits} must differ: scores need unseen samples")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_has_epochs(self) -> Data:
+        if bool(self.mixture) != (self.steps_per_epoch is not None):
+            raise ValueError(
+                f"steps_per_epoch={self.steps_per_epoch} with {len(self.mixture)} sources in mixture: "
+                "a mixture needs it, and one data set has its own: give both or neither"
+            )
+        if self.mixture and self.mode == "resident":
+            raise ValueError("mode=resident holds one data set, not a mixture: use mode=stream")
         return self
 
 

@@ -130,6 +130,62 @@ def _wait_for_bucket(s3: S3, seconds: float = 30) -> None:
 
 
 @contextmanager
+def file_server(root: Path, fault: Callable[[str], int | None] = lambda path: None) -> Iterator[str]:
+    """Serve a folder by HTTP, ranges included, and spoil what `fault(path)` says; gives the address.
+
+    It answers None for a file that is sent whole, a status ≥ 400 to reply with, 200 to cut the body in half, or 0 to
+    fall silent after the first half.
+    """
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = root / self.path.lstrip("/")
+            spoilt = fault(self.path.lstrip("/"))
+            status = spoilt if spoilt is not None and spoilt >= 400 else 200 if path.is_file() else 404
+            body = path.read_bytes() if status == 200 and self.command == "GET" else b""
+            if status == 200 and "range" in self.headers:
+                first, last = self.headers["range"].removeprefix("bytes=").split("-")
+                status, whole, body = 206, len(body), body[int(first) : int(last) + 1 if last else None]
+                self.send_response(status)
+                self.send_header("content-range", f"bytes {first}-{int(first) + len(body) - 1}/{whole}")
+            else:
+                self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.send_header("etag", '"one"')
+            self.end_headers()
+            if spoilt not in (0, 200):
+                self.wfile.write(body)
+                return
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if spoilt == 0:
+                ended.wait(60)
+            self.close_connection = True
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that hangs up on a spoilt request is no news."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        ended.set()
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def faulty_proxy(s3: S3, fault: Callable[[str, str], int | None]) -> Iterator[S3]:
     """Stand before an S3 server and spoil what `fault(method, path)` says.
 

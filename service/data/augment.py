@@ -11,12 +11,14 @@ Shape legend: B images, C = 3 channels, H×W source pixels, S side of a view.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.config import Augment
@@ -27,7 +29,9 @@ STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 _CROP_TRIES = 10
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
-_DRAWS = 2 * _CROP_TRIES + 15
+_CROP_DRAWS = 2 * _CROP_TRIES + 2
+_DRAWS = (_CROP_DRAWS, 3, 6, 3)  # crop; flip, rotation, shear; colour; blur, its width, solarize
+_CACHED = 1 << 16  # pixels that a core's cache holds through all that happens to them
 
 
 class _Constants(NamedTuple):
@@ -46,6 +50,18 @@ def _constants(device: torch.device) -> _Constants:
     return _Constants(*(t.to(device) for t in (mean, std, torch.tensor(LUMA), yiq, torch.linalg.inv(yiq))))
 
 
+class _Parameters(NamedTuple):
+    """What makes a view of each image; every first dimension is B."""
+
+    theta: Tensor  # (B, 2, 3), from a view's coordinates to its image's, both in [−1, 1]
+    flipped: Tensor  # (B,)
+    matrix: Tensor  # (B, 3, 3), of RGB
+    contrast: Tensor  # (B,)
+    blurred: Tensor  # (B,)
+    sigma: Tensor  # (B,), in pixels
+    solarized: Tensor  # (B,)
+
+
 def normalise(images: Tensor) -> Tensor:
     """Map images in [0, 1], (…, 3, H, W), to zero mean and unit variance by ImageNet's statistics."""
     constants = _constants(images.device)
@@ -61,44 +77,76 @@ def resize_normalise(images_BCHW: Tensor, size: int) -> Tensor:
 
 
 def random_view(
-    images_BCHW: Tensor, ids_B: Tensor, *, config: Augment, size: int, seed: int, epoch: int, view: int
+    images: Tensor,
+    ids_B: Tensor,
+    *,
+    config: Augment,
+    size: int,
+    seed: int,
+    epoch: int,
+    view: int,
+    cropped: bool = False,
 ) -> Tensor:
     """Draw one view of each image.
 
     Args:
-        images_BCHW: uint8, (B, 3, H, W).
+        images: uint8, (B, 3, H, W).
         ids_B: int64 sample ids on the same device, (B,).
         config: strengths and probabilities.
         size: side S of the view in pixels.
         seed: of the run.
         epoch: of the sample's source.
         view: number of the view; views of one image are independent.
+        cropped: whether `images` are this view's crops already, (B, 3, S, S), as `crop_boxes` names them: then all but
+            the crop is done.
 
     Returns:
         Normalised float32, (B, 3, S, S).
     """
-    draws = iter(uniform(key(seed, epoch, view), ids_B, _DRAWS).unbind(1))
-    x = images_BCHW.float() / 255
-    x = resample(x, *_crop_boxes(draws, config, *x.shape[-2:]), *_turns(draws, config), size)
-    x = _colour(x, draws, config)
-    if config.blur > 0:
-        x = _blur(x, next(draws) < config.blur, _between(next(draws), config.blur_sigma))
-    if config.solarize > 0:
-        chosen = next(draws) < config.solarize
-        x = torch.where(chosen.view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
-    return normalise(x)
+    drawn = uniform(key(seed, epoch, view), ids_B, sum(_DRAWS))
+    crop, turn, colour, effects = drawn.split(_DRAWS, 1)
+    height, width = images.shape[-2:]
+    sides = [torch.full_like(crop[:, 0], side) for side in (height, width)]
+    origin = torch.zeros_like(crop[:, 0])
+    box = (origin, origin, *sides) if cropped else _crop_boxes(crop, config, *sides)
+    turns = _turns(turn, config)
+    of = _Parameters(
+        affine(*box, *turns, height, width), turns[0] < 0, *_colours(colour, config), *_effects(effects, config)
+    )
+    make = partial(_view, config=config, size=size, resampled=not cropped or config.rotate > 0 or config.shear > 0)
+    if images.device.type != "cpu":
+        return make(images, of)
+    # NumPy asks the kernel for huge pages; first touching torch's small ones would cost more than the whole view.
+    views = torch.from_numpy(np.empty((len(images), 3, size, size), np.float32))
+    for part in torch.arange(len(images)).split(max(1, _CACHED // size**2)):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        views[rows] = make(images[rows], _Parameters(*(each[rows] for each in of)))
+    return views
+
+
+def crop_boxes(
+    ids_B: NDArray[np.int64],
+    heights_B: NDArray[np.int64],
+    widths_B: NDArray[np.int64],
+    *,
+    config: Augment,
+    seed: int,
+    epoch: int,
+    view: int,
+) -> NDArray[np.int64]:
+    """Draw the crops of `random_view` for images of these sizes: top, left, height and width in pixels, (B, 4)."""
+    draws = uniform(key(seed, epoch, view), torch.as_tensor(ids_B), _CROP_DRAWS)
+    height, width = (torch.as_tensor(sides, dtype=torch.float32) for sides in (heights_B, widths_B))
+    return torch.stack(_crop_boxes(draws, config, height, width), 1).to(torch.int64).numpy()
 
 
 def _between(u: Tensor, low_high: tuple[float, float]) -> Tensor:
     return low_high[0] + u * (low_high[1] - low_high[0])
 
 
-def _crop_boxes(
-    draws: Iterator[Tensor], config: Augment, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _crop_boxes(draws: Tensor, config: Augment, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width (B,) in whole pixels: the first of ten draws that fits, else the whole image."""
-    scale = torch.stack([next(draws) for _ in range(_CROP_TRIES)])
-    log_ratio = torch.stack([next(draws) for _ in range(_CROP_TRIES)])
+    scale, log_ratio = draws[:, :_CROP_TRIES].T, draws[:, _CROP_TRIES : 2 * _CROP_TRIES].T
     area = _between(scale, config.crop_scale) * (height * width)
     low, high = (math.log(r) for r in config.crop_ratio)
     ratio = torch.exp(_between(log_ratio, (low, high)))
@@ -106,24 +154,65 @@ def _crop_boxes(
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.to(torch.uint8).argmax(0, keepdim=True)
     any_fits = fits.any(0)
-    w = torch.where(any_fits, w.gather(0, first)[0], float(width))
-    h = torch.where(any_fits, h.gather(0, first)[0], float(height))
-    top = torch.floor(next(draws) * (height - h + 1))
-    left = torch.floor(next(draws) * (width - w + 1))
+    w = torch.where(any_fits, w.gather(0, first)[0], width)
+    h = torch.where(any_fits, h.gather(0, first)[0], height)
+    top = torch.floor(draws[:, 2 * _CROP_TRIES] * (height - h + 1))
+    left = torch.floor(draws[:, 2 * _CROP_TRIES + 1] * (width - w + 1))
     return top, left, h, w
 
 
-def _turns(draws: Iterator[Tensor], config: Augment) -> tuple[Tensor, Tensor, Tensor]:
+def _turns(u: Tensor, config: Augment) -> tuple[Tensor, Tensor, Tensor]:
     """Sign of the horizontal axis (−1 is a flip), rotation and horizontal shear in radians, (B,) each."""
-    sign = torch.where(next(draws) < config.flip, -1.0, 1.0)
+    sign = torch.where(u[:, 0] < config.flip, -1.0, 1.0)
     angle, shear = (
-        _between(next(draws), (-math.radians(most), math.radians(most))) for most in (config.rotate, config.shear)
+        _between(u[:, 1 + i], (-math.radians(most), math.radians(most)))
+        for i, most in enumerate((config.rotate, config.shear))
     )
     return sign, angle, shear
 
 
-def resample(
-    x_BCHW: Tensor,
+def _colours(u: Tensor, config: Augment) -> tuple[Tensor, Tensor]:
+    """RGB matrices (B, 3, 3) and contrasts (B,): the jitter of the chosen images, then the loss of colour of some."""
+    contrast, brightness, saturation, hue, jittered, greyed = u.unbind(1)
+    matrix = colour_matrix(
+        brightness=_factor(brightness, config.brightness),
+        saturation=_factor(saturation, config.saturation),
+        hue=_between(hue, (-config.hue, config.hue)),
+    )
+    chosen = jittered < config.jitter
+    matrix = torch.where(chosen.view(-1, 1, 1), matrix, torch.eye(3, device=u.device))
+    grey = (_constants(u.device).luma @ matrix)[:, None, :].expand(-1, 3, 3)
+    matrix = torch.where((greyed < config.grey).view(-1, 1, 1), grey, matrix)
+    return matrix, torch.where(chosen, _factor(contrast, config.contrast), 1.0)
+
+
+def _effects(u: Tensor, config: Augment) -> tuple[Tensor, Tensor, Tensor]:
+    """Which images are blurred, how far in pixels, which are solarized, (B,) each."""
+    solarize = u[:, 2 if config.blur > 0 else 0]
+    return u[:, 0] < config.blur, _between(u[:, 1], config.blur_sigma), solarize < config.solarize
+
+
+def _view(images: Tensor, of: _Parameters, *, config: Augment, size: int, resampled: bool) -> Tensor:
+    """Make the views that `of` describes; those that are not resampled are flipped at most."""
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
+    x = resample(x, of.theta, size) if resampled else _change(_flip, x, of.flipped)
+    x = _recolour(x, of.matrix, of.contrast, config)
+    if config.blur > 0:
+        x = _change(_blur, x, of.blurred, of.sigma)
+    if config.solarize > 0:
+        x = _change(_solarize, x, of.solarized)
+    return x
+
+
+def _change(how: Callable[..., Tensor], x: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
+    """Change the chosen images: a CPU leaves the others out, a GPU cannot without waiting to learn which they are."""
+    if x.device.type != "cpu":
+        return torch.where(chosen.view(-1, 1, 1, 1), how(x, *parameters), x)
+    rows = chosen.nonzero()[:, 0]
+    return x.index_copy_(0, rows, how(x[rows], *(each[rows] for each in parameters))) if len(rows) else x
+
+
+def affine(
     top: Tensor,
     left: Tensor,
     h: Tensor,
@@ -131,45 +220,56 @@ def resample(
     sign: Tensor,
     angle: Tensor,
     shear: Tensor,
-    size: int,
+    height: int,
+    width: int,
 ) -> Tensor:
-    """Cut, flip, shear, turn and scale each image bilinearly to (size, size); outside an image its edge is repeated.
-
-    The result of a plain crop equals cutting it out and calling `interpolate(…, mode="bilinear")` on it.
-    """
-    height, width = x_BCHW.shape[-2:]
+    """Cut, flip, shear and turn images of (height, width) by one matrix each, (B, 2, 3), for `resample`."""
     cos, sin, slant = torch.cos(angle), torch.sin(angle), torch.tan(shear)
     to_x, to_y = w / width, h / height
-    theta = torch.stack(
+    return torch.stack(
         [
             torch.stack([sign * cos * to_x, (cos * slant - sin) * to_x, (2 * left + w) / width - 1], -1),
             torch.stack([sign * sin * to_y, (sin * slant + cos) * to_y, (2 * top + h) / height - 1], -1),
         ],
         1,
     )
-    grid = F.affine_grid(theta, [len(x_BCHW), 3, size, size], align_corners=False)
-    return F.grid_sample(x_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def _colour(x: Tensor, draws: Iterator[Tensor], config: Augment) -> Tensor:
-    """Jitter brightness, contrast, saturation and hue of the chosen images, then drop the colour of some."""
-    contrast = _factor(next(draws), config.contrast)
-    matrix = colour_matrix(
-        brightness=_factor(next(draws), config.brightness),
-        saturation=_factor(next(draws), config.saturation),
-        hue=_between(next(draws), (-config.hue, config.hue)),
-    )
-    jittered = next(draws) < config.jitter
-    identity = torch.eye(3, device=x.device)
-    matrix = torch.where(jittered.view(-1, 1, 1), matrix, identity)
-    contrast = torch.where(jittered, contrast, 1.0)
-    greyed = (next(draws) < config.grey).view(-1, 1, 1)
-    luma = _constants(x.device).luma
-    matrix = torch.where(greyed, (luma @ matrix)[:, None, :].expand(-1, 3, 3), matrix)
-    y = torch.bmm(matrix, x.flatten(2))
-    mean = (luma @ y.mean(2).T).view(-1, 1, 1)  # of luma, as ColorJitter's contrast blends with
-    c = contrast.view(-1, 1, 1)
-    return (c * y + (1 - c) * mean).clamp(0, 1).view_as(x)
+def resample(x_BCHW: Tensor, theta_B23: Tensor, size: int) -> Tensor:
+    """Sample each image bilinearly to (size, size) where its matrix leads; outside an image its edge is repeated.
+
+    The result of a plain crop equals cutting it out and calling `interpolate(…, mode="bilinear")` on it.
+    """
+    centres = (2 * torch.arange(size, device=x_BCHW.device) + 1) / size - 1
+    across, down, shift = (theta_B23[:, :, None, :] * torch.ones_like(centres)[:, None]).unbind(-1)
+    grid = (across * centres + shift)[:, :, None, :] + (down * centres)[:, :, :, None]
+    return F.grid_sample(x_BCHW, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _recolour(x: Tensor, matrix: Tensor, contrast: Tensor, config: Augment) -> Tensor:
+    """Normalised colours of images in [0, 255]: jitter, grey and normalisation are one matrix and an offset."""
+    constants = _constants(x.device)
+    mean, std = constants.mean.view(3, 1), constants.std.view(3, 1)
+    pixels = x.flatten(2)
+    offset = (-mean / std).expand(len(x), 3, 1)
+    if config.jitter and config.contrast:
+        luma = (constants.luma @ matrix)[:, None, :] @ pixels.mean(2, keepdim=True) / 255
+        offset = torch.addcmul(offset, 1 - contrast.view(-1, 1, 1), luma / std)  # ColorJitter blends with mean luma
+    x = torch.baddbmm(offset, contrast.view(-1, 1, 1) * matrix / (255 * std), pixels).view_as(x)
+    if config.jitter:
+        for channel, m, s in zip(x.unbind(1), MEAN, STD, strict=True):
+            channel.clamp_(-m / s, (1 - m) / s)  # of [0, 1]
+    return x
+
+
+def _flip(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+def _solarize(x: Tensor) -> Tensor:
+    """Invert normalised values that stand for 1/2 and more."""
+    mean, std = _constants(x.device)[:2]
+    return torch.where(x >= (0.5 - mean) / std, (1 - 2 * mean) / std - x, x)
 
 
 def _factor(u: Tensor, strength: float) -> Tensor:
@@ -186,13 +286,12 @@ def colour_matrix(*, brightness: Tensor, saturation: Tensor, hue: Tensor) -> Ten
     return brightness.view(-1, 1, 1) * (constants.to_rgb @ turn @ constants.to_yiq)
 
 
-def _blur(x: Tensor, chosen: Tensor, sigma: Tensor) -> Tensor:
-    """Blur the chosen images by a separable Gaussian of each image's own `sigma` in pixels."""
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur images by a separable Gaussian of each one's own `sigma` in pixels."""
     batch, channels, height, width = x.shape
     radius = max(1, min(height, width) // 20)  # a kernel of a tenth of the image, as in SimCLR
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-offsets.square() / (2 * sigma.view(-1, 1) ** 2), 1).repeat_interleave(channels, 0)
     y = F.pad(x.reshape(1, batch * channels, height, width), [radius] * 4, mode="reflect")
     y = F.conv2d(y, kernel[:, None, :, None], groups=batch * channels)
-    y = F.conv2d(y, kernel[:, None, None, :], groups=batch * channels)
-    return torch.where(chosen.view(-1, 1, 1, 1), y.view_as(x), x)
+    return F.conv2d(y, kernel[:, None, None, :], groups=batch * channels).view_as(x)

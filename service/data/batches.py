@@ -1,56 +1,108 @@
-"""From a config to batches: the split, its plan, and the reader that `data.mode` names."""
+"""From a config to batches: the reader that `data.mode` names, for training and for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from service.config import Data, canonical_partitions
-from service.data.plan import SamplePlan, check_cache, locate
+from service.config import Data
+from service.data.budget import over_budget
+from service.data.cache import ShardCache
+from service.data.plan import Plan, SamplePlan, check_cache
 from service.data.resident import ResidentBatches, load_images
-from service.data.split import DataSplit, decode_sample, decode_side, resolve_mode
-from service.data.stream import StreamBatches
-
-
-def make_plan(split: DataSplit, data: Data, seed: int) -> SamplePlan:
-    """Plan the training split of a config."""
-    partitions = canonical_partitions(data.partitions, data.batch_size)
-    return SamplePlan(split.shard_samples, data.batch_size, partitions, data.window, seed)
+from service.data.split import DataSplit, OpenShard, decode_side, remote_bytes, resolve_mode, shards_of, whole_side
+from service.data.stream import Crops, Squares, StreamBatches, decoding_threads
 
 
 def open_batches(
-    split: DataSplit, plan: SamplePlan, data: Data, *, device: torch.device, hosts: int
+    sources: Sequence[DataSplit], plan: Plan, data: Data, *, views: int, seed: int, device: torch.device, hosts: int
 ) -> ResidentBatches | StreamBatches:
-    """Open the reader of a training split; refuses a cache that the plan would thrash."""
-    if resolve_mode(split, data) == "resident":
-        return ResidentBatches(load_images(split, data.largest_side, data.workers), plan, device)
-    largest = max(shard.bytes for shard in split.rows.shards)
-    check_cache(plan, budget_bytes=data.cache_gb * 1e9, shard_bytes=largest, hosts=hosts)
+    """Open the reader of the samples to train on; refuses a cache that the plan would thrash.
+
+    Args:
+        sources: splits that the plan orders.
+        plan: of the run.
+        data: settings.
+        views: that a family takes of each image.
+        seed: of the run.
+        device: where batches go.
+        hosts: machines that the ranks run on.
+    """
+    if isinstance(plan, SamplePlan) and resolve_mode(sources[0], data) == "resident":
+        images, bad = load_images(sources[0], data.largest_side, data.workers, data.max_bad)
+        return ResidentBatches(images, plan, device, bad.tolist())
+    check_cache(plan, budget_bytes=data.cache_gb * 1e9, shard_bytes=remote_bytes(sources), hosts=hosts)
+    side = whole_side(sources, data.image_size)
     return StreamBatches(
-        split, plan, image_size=data.image_size, workers=data.workers, cache_gb=data.cache_gb, device=device
+        shards_of(sources),
+        plan,
+        Squares(side) if side else Crops(data.augment, data.image_size, views, seed),
+        cache=ShardCache(data.cache_gb * 1e9),
+        workers=data.workers,
+        prefetch=data.prefetch,
+        max_bad=data.max_bad,
+        device=device,
     )
 
 
-def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[Tensor]:
-    """Yield samples `start` … `stop − 1` in id order, once each, as (≤ batch, 3, H, W) uint8 on the CPU."""
+def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield samples `start` … `stop − 1` in id order, once each.
+
+    Yields:
+        Images (≤ batch, 3, H, W) uint8 and whether they could be read, (≤ batch,) bool, on the CPU; what could not,
+        if `data.max_bad` allows that, is black.
+    """
     if resolve_mode(split, data) == "resident":
-        images = load_images(split, data.largest_side, data.workers)
+        images, bad = load_images(split, data.largest_side, data.workers, data.max_bad)
+        readable = np.isin(np.arange(split.samples), bad, invert=True)
         for first in range(start, stop, batch):
-            yield torch.from_numpy(images[first : min(first + batch, stop)])
+            chosen = slice(first, min(first + batch, stop))
+            yield torch.from_numpy(images[chosen]), torch.from_numpy(readable[chosen])
         return
+    yield from _streamed(split, data, start, stop, batch)
+
+
+def _streamed(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     side = decode_side(split, data.eval_image_size)
-    numbers, rows = locate(split.shard_samples, np.arange(start, stop))
-    with ThreadPoolExecutor(data.workers) as pool:
-        for number in dict.fromkeys(numbers.tolist()):
-            shard = split.rows.shards[number]
-            tar, sidecar = split.shard_bytes(shard), split.sidecar(shard)
-            wanted = sidecar[rows[numbers == number]]
-            for first in range(0, len(wanted), batch):
-                decode = partial(decode_sample, split, shard, tar=tar, side=side)
-                pixels = list(pool.map(decode, wanted[first : first + batch]))
-                yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    faults: list[str] = []
+    with decoding_threads(data.workers) as pool:
+        for opened, rows in _shards_between(split, data, start, stop):
+            for first in range(rows.start, rows.stop, batch):
+                some = range(first, min(first + batch, rows.stop))
+                decoded = list(pool.map(lambda row, shard=opened: _square(shard, row, side), some))
+                faults += [pixels for pixels in decoded if isinstance(pixels, str)]
+                if len(faults) > data.max_bad:
+                    raise over_budget(len(faults), data.max_bad, faults)
+                black = np.zeros((side, side, 3), np.uint8)
+                images = np.stack([black if isinstance(pixels, str) else pixels for pixels in decoded])
+                readable = torch.tensor([not isinstance(pixels, str) for pixels in decoded])
+                yield torch.from_numpy(images).permute(0, 3, 1, 2), readable
+
+
+def _square(opened: OpenShard, row: int, side: int) -> np.ndarray | str:
+    [pixels] = Squares(side).decode([opened.encoded(row)], np.array([row]), 0)
+    return opened.fault(row, pixels) if isinstance(pixels, ValueError) else pixels
+
+
+def _shards_between(split: DataSplit, data: Data, start: int, stop: int) -> Iterator[tuple[OpenShard, range]]:
+    """Shards that hold samples `start` … `stop − 1`, fetched ahead, with the rows of those samples."""
+    cache = ShardCache(data.cache_gb * 1e9)
+    coming: deque[tuple[Future[OpenShard], range]] = deque()
+    with ThreadPoolExecutor(data.prefetch) as pool:
+        first = 0
+        for shard in split.rows.shards:
+            rows = range(max(start - first, 0), min(stop - first, shard.samples))
+            first += shard.samples
+            if rows:
+                coming.append((pool.submit(split.open_shard, shard, cache.fetch), rows))
+            if len(coming) > data.prefetch:
+                future, rows = coming.popleft()
+                yield future.result(), rows
+        while coming:
+            future, rows = coming.popleft()
+            yield future.result(), rows

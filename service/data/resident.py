@@ -4,69 +4,68 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets_prep.errors import UserError
-from service.data.decode import DECODER
+from service.data.budget import ATTEMPTS, ErrorBudget, over_budget, replacement
+from service.data.cache import cache_root
+from service.data.decode import DECODER, decode_rgb, fit
 from service.data.plan import SamplePlan
-from service.data.split import DataSplit, decode_sample, decode_side
-
-_FAULTS_SHOWN = 5
+from service.data.split import DataSplit, decode_side
 
 
-def cache_root() -> Path:
-    """Folder of this node's caches: `TESSERA_CACHE`, else the user's cache folder."""
-    base = os.environ.get("TESSERA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tessera"
-    return Path(base)
+class Decoded(NamedTuple):
+    """A decoded split: pixels (N, 3, side, side), and the ids of unreadable samples, whose pixels are zero."""
+
+    images: NDArray[np.uint8]
+    bad: NDArray[np.int64]
 
 
-def decode_split(split: DataSplit, side: int, workers: int) -> NDArray[np.uint8]:
-    """Decode every sample by `workers` threads to (N, 3, side, side); all bad samples are named in one error."""
-    images = np.empty((split.samples, 3, side, side), np.uint8)
-    faults: list[str] = []
-    starts = np.concatenate([[0], np.cumsum(split.shard_samples)])
-
-    def decode(args: tuple[int, int, np.void, bytes]) -> None:
-        number, row_number, row, tar = args
-        try:
-            pixels = decode_sample(split, split.rows.shards[number], row, tar, side)
-            images[starts[number] + row_number] = pixels.transpose(2, 0, 1)
-        except UserError as error:
-            faults.append(str(error))
-
+def decode_split(split: DataSplit, side: int, workers: int, max_bad: int = 0) -> Decoded:
+    """Decode every sample by `workers` threads; more than `max_bad` bad ones are named in one error."""
+    images = np.zeros((split.samples, 3, side, side), np.uint8)
+    faults: dict[int, str] = {}
+    first = 0
     with ThreadPoolExecutor(workers) as pool:
-        for number, shard in enumerate(split.rows.shards):
-            tar, rows = split.shard_bytes(shard), split.sidecar(shard)
-            list(pool.map(decode, ((number, i, row, tar) for i, row in enumerate(rows)), chunksize=64))
-    if faults:
-        shown = "\n  ".join(sorted(faults)[:_FAULTS_SHOWN])
-        raise UserError(
-            f"{len(faults)} of {split.samples} samples cannot be decoded, shard again without them:\n  {shown}"
-        )
-    return images
+        for shard in split.rows.shards:
+            opened = split.open_shard(shard)
+
+            def decode(row: int, opened=opened, first=first) -> None:
+                try:
+                    images[first + row] = fit(decode_rgb(opened.encoded(row)), side).transpose(2, 0, 1)
+                except ValueError as error:
+                    faults[first + row] = opened.fault(row, error)
+
+            list(pool.map(decode, range(shard.samples), chunksize=64))
+            first += shard.samples
+    if len(faults) > max_bad:
+        raise over_budget(len(faults), max_bad, sorted(faults.values()))
+    return Decoded(images, np.array(sorted(faults), np.int64))
 
 
-def load_images(split: DataSplit, image_size: int, workers: int) -> NDArray[np.uint8]:
-    """Decoded split, (N, 3, side, side), memory-mapped from one file that the processes of a node share."""
+def load_images(split: DataSplit, image_size: int, workers: int, max_bad: int = 0) -> Decoded:
+    """Decoded split, its pixels memory-mapped from one file that the processes of a node share."""
     side = decode_side(split, image_size)
     folder = cache_root() / "resident"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{split.index.fingerprint}-{split.name}-{side}-{DECODER}.npy"
+    path = folder / f"{split.index.fingerprint}-{split.name}-{side}-{max_bad}-{DECODER}.npy"
+    bad = path.with_suffix(".bad.npy")
     with open(folder / f"{path.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first process decodes, the others of the node wait and map its file
         if not path.exists():
+            decoded = decode_split(split, side, workers, max_bad)
+            np.save(bad, decoded.bad)
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             with open(unfinished, "wb") as file:
-                np.save(file, decode_split(split, side, workers))
+                np.save(file, decoded.images)
             unfinished.rename(path)
-    return np.load(path, mmap_mode="c", allow_pickle=False)
+    return Decoded(np.load(path, mmap_mode="c", allow_pickle=False), np.load(bad, allow_pickle=False))
 
 
 class ResidentBatches:
@@ -76,16 +75,31 @@ class ResidentBatches:
         images: decoded split, (N, 3, H, W) uint8.
         plan: of the split.
         device: where batches go; a CUDA device holds the whole split.
+        bad: ids of unreadable samples; others take their places.
     """
 
-    def __init__(self, images: NDArray[np.uint8], plan: SamplePlan, device: torch.device) -> None:
+    def __init__(
+        self, images: NDArray[np.uint8], plan: SamplePlan, device: torch.device, bad: Collection[int] = ()
+    ) -> None:
         self.plan, self.device = plan, device
         self.images = torch.from_numpy(images).to(device)
+        self.budget = ErrorBudget(len(bad))
+        self._instead = {id_: _readable(plan, id_, bad) for id_ in bad}
 
     def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images (B, 3, H, W) uint8, ids (B,)) of global steps `start` … `stop − 1` on the device."""
         for step in range(start, stop):
-            ids = torch.from_numpy(self.plan.batch(step, rank, world))
+            planned = self.plan.batch(step, rank, world)
+            if self._instead:
+                bad = [id_ for id_ in planned.tolist() if id_ in self._instead]
+                self.budget.spend(step // self.plan.steps_per_epoch, [f"sample {id_}" for id_ in bad])
+                planned = np.array([self._instead.get(id_, id_) for id_ in planned.tolist()])
+            ids = torch.from_numpy(planned)
             if self.device.type == "cuda":
                 ids = ids.pin_memory().to(self.device, non_blocking=True)
             yield self.images[ids], ids
+
+
+def _readable(plan: SamplePlan, id_: int, bad: Collection[int]) -> int:
+    tried = (replacement(plan, id_, attempt) for attempt in range(ATTEMPTS))
+    return next(other for other in tried if other not in bad)

@@ -166,10 +166,12 @@ class Store:
             return LocalStore(self.local_path, mkdir=True, automatic_cleanup=True)
         deadline = timedelta(seconds=self.deadline)
         retry: RetryConfig = {"max_retries": 10_000, "retry_timeout": deadline}  # the count never ends them
-        if urlsplit(self.uri).scheme not in ("s3", "s3a"):
-            return from_url(self.uri, retry_config=retry)
+        scheme = urlsplit(self.uri).scheme
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        http: ClientConfig = {"allow_http": endpoint.startswith("http://")}
+        plain = scheme == "http" or endpoint.startswith("http://")
+        http: ClientConfig = {"timeout": deadline / 2, "allow_http": plain}  # of one request: a silent one is repeated
+        if scheme not in ("s3", "s3a"):
+            return from_url(self.uri, retry_config=retry, client_options=http)
         return from_url(self.uri, retry_config=retry, client_options=http, credential_provider=self._profile())
 
     def _profile(self) -> Boto3CredentialProvider | None:

@@ -1,114 +1,284 @@
-"""Batches of a plan straight from shards: whole tars into a node's cache, memory-mapped, decoded ahead by threads."""
+"""Batches of a plan straight from shards: fetched ahead by some threads, decoded ahead by others.
+
+Shape legend: B samples of a rank's batch, V views, S side of a decoded square.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from datasets_prep.errors import UserError
 from datasets_prep.index import Shard
-from service.data.plan import SamplePlan, locate
-from service.data.resident import cache_root
-from service.data.split import DataSplit, Pixels, decode_sample, decode_side
+from service.config import Augment
+from service.data.augment import crop_boxes
+from service.data.budget import ATTEMPTS, ErrorBudget, replacement
+from service.data.cache import ShardCache
+from service.data.decode import Pixels, decode_crops, decode_rgb, fit, image_size
+from service.data.plan import Ids, Plan
+from service.data.split import DataSplit, OpenShard
 
 _STEPS_AHEAD = 3
+_LOOKS = 64  # steps that are looked at for their shards before one batch
+_PART = 32  # samples that one task decodes at most: few enough to share out, enough to draw their crops at once
 
 
-class ShardCache:
-    """Shards as files of a node's cache folder, least recently used ones removed beyond a byte budget.
+class Decoder(Protocol):
+    """How encoded images become pixels."""
 
-    Files appear by rename, under a name that holds their checksum, so processes of a node can share the folder.
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of a batch: samples on the axis before the last three."""
+        ...
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """Pixels of each image, (…, S, S, 3), or why there are none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The centre square of each image, antialiased: batches (B, S, S, 3)."""
+
+    side: int
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """As `Decoder.shape`."""
+        return (batch, self.side, self.side, 3)
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """As `Decoder.decode`."""
+        return [_attempt(lambda data: fit(decode_rgb(data), self.side), data) for data in encoded]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops of each image, all from one decoding, antialiased: batches (V, B, S, S, 3)."""
+
+    augment: Augment
+    side: int
+    views: int
+    seed: int
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """As `Decoder.shape`."""
+        return (self.views, batch, self.side, self.side, 3)
+
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+        """As `Decoder.decode`."""
+        sizes = [_attempt(image_size, data) for data in encoded]
+        heights, widths = np.array([(1, 1) if isinstance(size, ValueError) else size for size in sizes]).T
+        draw = {"config": self.augment, "seed": self.seed, "epoch": epoch}
+        boxes = np.stack([crop_boxes(ids, heights, widths, view=view, **draw) for view in range(self.views)], 1)
+        return [
+            size if isinstance(size, ValueError) else _attempt(decode_crops, data, box, self.side)
+            for size, data, box in zip(sizes, encoded, boxes, strict=True)
+        ]
+
+
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        return error
+
+
+def decoding_threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations each run in their thread alone."""
+    return ThreadPoolExecutor(count, initializer=_compute_alone, initargs=(torch.get_num_threads(),))
+
+
+def _compute_alone(threads: int) -> None:
+    """Take no further threads for the calling thread's operations: waiting for them costs more than resizing an image.
+
+    torch keeps such a number for each thread and one for threads to come; the latter, `threads`, is put back.
+    """
+    torch.get_num_threads()  # the first call in a thread sets its number to that of threads to come
+    torch.set_num_threads(1)
+    restoring = Thread(target=torch.set_num_threads, args=(threads,))
+    restoring.start()
+    restoring.join()
+
+
+class ShardQueue:
+    """Open shards of a reader by number, in order of use; the least recently used are let go beyond `most`.
+
+    Only the thread that iterates may call it.
     """
 
-    def __init__(self, split: DataSplit, budget_bytes: float) -> None:
-        self.split, self.budget = split, budget_bytes
-        self.folder = cache_root() / "shards"
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, shards: Sequence[tuple[DataSplit, Shard]], cache: ShardCache, most: int) -> None:
+        self._shards, self._cache, self._most = shards, cache, most
+        self._opened: OrderedDict[int, Future[OpenShard]] = OrderedDict()
 
-    def fetch(self, shard: Shard) -> mmap.mmap:
-        """Map a shard's tar, fetching it first when it is not here."""
-        path = self.folder / f"{shard.sha256}.tar"
-        with open(self.folder / "lock", "w") as lock:  # one for the folder: what is found here is not evicted meanwhile
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                data = self.split.shard_bytes(shard)
-                self._make_room(len(data))
-                unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-                unfinished.write_bytes(data)
-                unfinished.rename(path)
-            os.utime(path)
-            with open(path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def request(self, numbers: Iterable[int], pool: ThreadPoolExecutor) -> None:
+        """Start to fetch what is not open."""
+        for number in numbers:
+            if number not in self._opened:
+                split, shard = self._shards[number]
+                self._opened[number] = pool.submit(split.open_shard, shard, self._cache.fetch)
+            self._opened.move_to_end(number)
+        while len(self._opened) > self._most:
+            self._opened.popitem(last=False)[1].cancel()
 
-    def _make_room(self, wanted: int) -> None:
-        files = sorted(((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("*.tar")), reverse=True)
-        used = wanted
-        for _, size, path in files:
-            used += size
-            if used > self.budget:
-                path.unlink(missing_ok=True)  # a mapping of it stays valid
+    def are_open(self, numbers: Iterable[int]) -> bool:
+        """Say whether `get` would return at once."""
+        return all(number in self._opened and self._opened[number].done() for number in numbers)
+
+    def get(self, number: int) -> OpenShard:
+        """Wait for a requested shard; raises what went wrong in fetching it."""
+        self._opened.move_to_end(number)
+        return self._opened[number].result()
+
+    def unfinished(self) -> int:
+        """Number of shards that are still to come."""
+        return sum(not future.done() for future in self._opened.values())
 
 
 class StreamBatches:
-    """As `ResidentBatches`, pixel for pixel, without holding the split: for data sets larger than memory.
+    """As `ResidentBatches`, without holding the samples: for data sets larger than memory.
 
     Args:
-        split: what to read.
-        plan: of the split.
-        image_size: side of the views, which decides the side that images are decoded to.
+        shards: of the sources, in the order of the plan.
+        plan: of the samples.
+        decoder: what becomes of an image.
+        cache: of the node.
         workers: decoding threads.
-        cache_gb: byte budget of the node's shard cache, in GB.
+        prefetch: shards fetched at once.
+        max_bad: unreadable samples that an epoch may have.
         device: where batches go.
     """
 
     def __init__(
         self,
-        split: DataSplit,
-        plan: SamplePlan,
+        shards: Sequence[tuple[DataSplit, Shard]],
+        plan: Plan,
+        decoder: Decoder,
         *,
-        image_size: int,
+        cache: ShardCache,
         workers: int,
-        cache_gb: float,
+        prefetch: int,
+        max_bad: int,
         device: torch.device,
     ) -> None:
-        self.split, self.plan, self.workers, self.device = split, plan, workers, device
-        self.side = decode_side(split, image_size)
-        self.cache = ShardCache(split, cache_gb * 1e9)
-        self._opened = lru_cache(maxsize=2 * plan.partitions)(self._open)
-
-    def _open(self, number: int) -> tuple[mmap.mmap, NDArray[np.void]]:
-        shard = self.split.rows.shards[number]
-        return self.cache.fetch(shard), self.split.sidecar(shard)
-
-    def _decode(self, number: int, row: int) -> Pixels:
-        tar, rows = self._opened(number)
-        return decode_sample(self.split, self.split.rows.shards[number], rows[row], memoryview(tar), self.side)
+        self.shards, self.plan, self.decoder, self.cache, self.device = shards, plan, decoder, cache, device
+        self.workers, self.prefetch = workers, prefetch
+        self.budget = ErrorBudget(max_bad)
 
     def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images (B, 3, H, W) uint8, ids (B,)) of global steps `start` … `stop − 1` on the device."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead: deque[tuple[NDArray[np.int64], list[Future[Pixels]]]] = deque()
-            try:
-                for step in range(start, stop):
-                    ids = self.plan.batch(step, rank, world)
-                    places = zip(*locate(self.plan.shard_samples, ids), strict=True)
-                    ahead.append((ids, [pool.submit(self._decode, int(n), int(r)) for n, r in places]))
-                    if len(ahead) > _STEPS_AHEAD:
-                        yield self._collect(*ahead.popleft())
-                while ahead:
-                    yield self._collect(*ahead.popleft())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Yield (images, ids (B,)) of global steps `start` … `stop − 1` on the device.
 
-    def _collect(self, ids: NDArray[np.int64], futures: list[Future[Pixels]]) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(np.stack([f.result() for f in futures])).permute(0, 3, 1, 2)
-        return images.to(self.device, non_blocking=True), torch.from_numpy(ids).to(self.device, non_blocking=True)
+        Images are uint8, (B, 3, S, S), or (V, B, 3, S, S) where the decoder cuts views.
+        """
+        steps = _Steps(self, range(start, stop), rank, world)
+        try:
+            yield from steps
+        finally:
+            steps.close()
+
+    def part(self, out: Pixels, ids: Ids, places: Sequence[tuple[OpenShard, int]], epoch: int) -> list[str]:
+        """Decode samples into `out`, (…, samples, S, S, 3), and say which were bad.
+
+        Those are replaced: `ids` then holds the ids of what `out` shows.
+        """
+        encoded = [opened.encoded(row) for opened, row in places]
+        faults: list[str] = []
+        for i, pixels in enumerate(self.decoder.decode(encoded, ids, epoch)):
+            if isinstance(pixels, ValueError):
+                opened, row = places[i]
+                faults.append(opened.fault(row, pixels))
+                if not self.budget.most:
+                    break
+                ids[i], pixels = self._replace(int(ids[i]), opened, row, epoch)
+            out[..., i, :, :, :] = pixels
+        return faults
+
+    def _replace(self, id_: int, opened: OpenShard, row: int, epoch: int) -> tuple[int, Pixels]:
+        for attempt in range(ATTEMPTS):
+            other = replacement(self.plan, id_, attempt)
+            encoded = [opened.encoded(row + other - id_)]
+            [pixels] = self.decoder.decode(encoded, np.array([other]), epoch)
+            if not isinstance(pixels, ValueError):
+                return other, pixels
+        raise UserError(f"{opened.uri}: {ATTEMPTS} samples drawn to replace one all cannot be decoded: shard again")
+
+
+class _Steps:
+    """One pass of a reader over consecutive steps, with its threads."""
+
+    def __init__(self, reader: StreamBatches, steps: range, rank: int, world: int) -> None:
+        self._reader, self._plan, self._place = reader, reader.plan, (rank, world)
+        self._coming, self._looked = deque(steps), deque(steps)
+        self._ids: dict[int, Ids] = {}
+        most = reader.plan.most_open(np.ones(len(reader.shards), np.int64), world)
+        self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch)
+        self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), decoding_threads(reader.workers)
+
+    def close(self) -> None:
+        """End the threads; what they are at is finished first."""
+        for pool in (self._decoding, self._fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        ahead: deque[_Batch] = deque()
+        while self._coming or ahead:
+            while self._coming and len(ahead) <= _STEPS_AHEAD:
+                self._look_ahead()
+                ids = self._ids[self._coming[0]]
+                numbers, rows = self._plan.locate(ids)
+                needed = np.unique(numbers).tolist()
+                if ahead and not self._queue.are_open(needed):
+                    break  # what is decoded already need not wait for the network
+                self._queue.request(needed, self._fetching)
+                opened = {number: self._queue.get(number) for number in needed}
+                places = [(opened[n], row) for n, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+                ahead.append(self._start(self._coming.popleft(), places))
+            yield self._finish(ahead.popleft())
+
+    def _look_ahead(self) -> None:
+        """Request the shards of coming steps in order of need, up to a window ahead."""
+        until = self._coming[0] + self._plan.steps_per_window
+        for _ in range(_LOOKS):
+            if not self._looked or self._looked[0] > until:
+                return
+            if self._looked[0] > self._coming[0] and self._queue.unfinished() >= 2 * self._reader.prefetch:
+                return
+            step = self._looked.popleft()
+            ids = self._ids[step] = self._plan.batch(step, *self._place)
+            self._queue.request(np.unique(self._plan.locate(ids)[0]).tolist(), self._fetching)
+
+    def _start(self, step: int, places: Sequence[tuple[OpenShard, int]]) -> _Batch:
+        reader, ids = self._reader, self._ids.pop(step)
+        epoch = step // self._plan.steps_per_epoch
+        images = torch.empty(reader.decoder.shape(len(ids)), dtype=torch.uint8, pin_memory=reader.device.type == "cuda")
+        size = min(_PART, -(-len(ids) // reader.workers))
+        parts = [
+            self._decoding.submit(
+                reader.part, images.numpy()[..., i : i + size, :, :, :], ids[i : i + size], places[i : i + size], epoch
+            )
+            for i in range(0, len(ids), size)
+        ]
+        return _Batch(epoch, images, ids, parts)
+
+    def _finish(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        device, budget = self._reader.device, self._reader.budget
+        for part in batch.parts:
+            budget.spend(batch.epoch, part.result())
+        images = batch.images.movedim(-1, -3)
+        return images.to(device, non_blocking=True), torch.from_numpy(batch.ids).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is being decoded."""
+
+    epoch: int
+    images: Tensor
+    ids: Ids
+    parts: list[Future[list[str]]]

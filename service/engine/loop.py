@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from service.collectives import mean_over_ranks
+from service.collectives import mean_over_ranks, world_size
 from service.config import RunConfig, parse_interval
 from service.data.augment import random_view
-from service.data.batches import make_plan, open_batches
-from service.data.split import DataSplit, read_index
+from service.data.batches import open_batches
+from service.data.resident import ResidentBatches
+from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
+from service.data.stream import StreamBatches
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import Checkpoints, TrainingState
 from service.engine.lease import check_lease
@@ -118,7 +120,13 @@ class Trainer:
         return self.family.encoder if self.averaged is None else self.averaged.module
 
     def step(self, step: int, images: Tensor, ids: Tensor) -> Losses:
-        """Take optimiser step `step` (from 0) on this rank's slice of the batch, (B, 3, H, W) uint8 and ids (B,)."""
+        """Take optimiser step `step` (from 0) on this rank's slice of the batch.
+
+        Args:
+            step: number of the step.
+            images: uint8, (B, 3, H, W), or (V, B, 3, S, S) where the reader has cut the views' crops.
+            ids: of the samples, (B,).
+        """
         set_lr(self.optimizer, self.lr(step))
         views = self._views(images, ids, step // self.length.steps_per_epoch)
         with self.worker.autocast(self.config.compute.precision):
@@ -148,11 +156,11 @@ class Trainer:
     def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """Augmented views, (V, B, 3, S, S), in the run's number and memory format."""
         data, compute = self.config.data, self.config.compute
+        cropped = images.ndim == 5
+        options = {"config": data.augment, "size": data.image_size, "seed": self.config.seed, "epoch": epoch}
         views = torch.stack(
             [
-                random_view(
-                    images, ids, config=data.augment, size=data.image_size, seed=self.config.seed, epoch=epoch, view=v
-                )
+                random_view(images[v] if cropped else images, ids, view=v, cropped=cropped, **options)
                 for v in range(self.family.views)
             ]
         )
@@ -181,11 +189,19 @@ def train(
     worker = start_worker(config.compute)
     data_store = Store(config.data.uri)
     index = read_index(data_store)
-    split = DataSplit(data_store, index, config.data.train_split)
-    plan = make_plan(split, config.data, config.seed)
-    batches = open_batches(split, plan, config.data, device=worker.device, hosts=worker.hosts)
+    sources = open_sources(config.data)
+    plan = make_plan(sources, config.data, config.seed)
     torch.manual_seed(config.seed)
     family = place(build_family(config), worker, config.compute, config.parallel)
+    batches = open_batches(
+        sources,
+        plan,
+        config.data,
+        views=family.views,
+        seed=config.seed,
+        device=worker.device,
+        hosts=worker.hosts,
+    )
     trainer = Trainer(config, worker, family, Length.of(config, plan.steps_per_epoch))
 
     def before_write() -> None:
@@ -200,8 +216,7 @@ def train(
         log.info("resumed from the checkpoint of step %d", start)
     protocol = Protocol(config, data_store, index, worker)
     began = time.monotonic()
-    stream = batches.iterate(start, trainer.length.total, worker.rank, worker.world)
-    _steps(trainer, stream, start, checkpoints, protocol, run, rows or (lambda step, row: None))
+    _steps(trainer, batches, start, checkpoints, protocol, run, rows or (lambda step, row: None))
     checkpoints.wait()
     seconds = time.monotonic() - began
     share_buffers(trainer.evaluated)
@@ -216,7 +231,7 @@ def train(
 
 def _steps(
     trainer: Trainer,
-    stream: Iterator[tuple[Tensor, Tensor]],
+    batches: ResidentBatches | StreamBatches,
     start: int,
     checkpoints: Checkpoints,
     protocol: Protocol,
@@ -235,13 +250,14 @@ def _steps(
         )
     )
     meter = Meter(start, length, config.data.batch_size)
-    for step, (images, ids) in enumerate(stream, start):
+    for step, (images, ids) in enumerate(batches.iterate(start, length.total, rank, trainer.worker.world), start):
         losses = trainer.step(step, images, ids)
         done = step + 1
         last = done == length.total
         if log_due(done) or last:
-            row = _read_row(losses) | {"lr": trainer.lr(step), **meter.read(done)}
+            row = _read_row(losses, batches.budget.used) | {"lr": trainer.lr(step), **meter.read(done)}
             _check_finite(row["loss"], done, checkpoints)
+            _check_bad_samples(row["bad_samples"], config.data.max_bad)
             if rank == 0:
                 rows(done, row)
         if eval_due(done) and not last:
@@ -274,11 +290,22 @@ class Meter:
         return {"epoch": epoch, "images_per_s": rate * self._batch, "eta_s": remaining}
 
 
-def _read_row(losses: Losses) -> Row:
-    """Losses averaged over ranks; the one place in the loop that waits for the device."""
-    names = ["loss", *losses.terms]
-    values = torch.stack([losses.total.detach().double(), *(term.double() for term in losses.terms.values())])
-    return dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
+def _read_row(losses: Losses, bad_samples: int) -> Row:
+    """Losses averaged, bad samples of the epoch added up over ranks; the loop's one place that waits for the device."""
+    names = ["loss", *losses.terms, "bad_samples"]
+    values = [losses.total.detach().double(), *(term.double() for term in losses.terms.values())]
+    bad = torch.tensor(float(bad_samples), dtype=torch.float64, device=values[0].device)
+    row = dict(zip(names, mean_over_ranks(torch.stack([*values, bad])).tolist(), strict=True))
+    return row | {"bad_samples": round(row["bad_samples"] * world_size())}
+
+
+def _check_bad_samples(found: float, most: int) -> None:
+    """Stop a run whose ranks together met too many unreadable samples; each rank's own are counted by its reader."""
+    if found > most:
+        raise TrainingFailed(
+            f"{found:g} samples of this epoch cannot be decoded, and data.max_bad={most} allows {most}: "
+            "find them with 'tessera verify', shard again without them, or raise data.max_bad"
+        )
 
 
 def _norm(module: nn.Module) -> float:

@@ -27,21 +27,24 @@ class RawPixels(nn.Module):
 @torch.inference_mode()
 def extract(
     encoder: nn.Module, split: DataSplit, *, data: Data, compute: Compute, worker: Worker, batch_size: int
-) -> Tensor:
-    """Features of a split in sample-id order, (N, D) float32 on the CPU of every rank.
+) -> tuple[Tensor, Tensor]:
+    """Encode a split; each rank encodes one contiguous slice, so every sample is encoded once on any world.
 
-    Each rank encodes one contiguous slice; every sample is encoded exactly once on any world.
+    Returns:
+        Features in sample-id order, (N, D) float32, and which of them are of a readable image, (N,) bool, on the CPU of
+        every rank.
     """
     bounds = [split.samples * r // worker.world for r in range(worker.world + 1)]
     start, stop = bounds[worker.rank], bounds[worker.rank + 1]
     training = encoder.training
     encoder.eval()
-    parts = [
-        _encode(encoder, images, data.eval_image_size, compute, worker)
-        for images in sequential(split, data, start, stop, batch_size)
-    ]
+    parts: list[Tensor] = []
+    for images, readable in sequential(split, data, start, stop, batch_size):
+        features = _encode(encoder, images, data.eval_image_size, compute, worker)
+        parts.append(torch.cat([features, readable[:, None].float()], 1))
     encoder.train(training)
-    return _gather(torch.cat(parts), [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], worker)
+    gathered = _gather(torch.cat(parts), [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], worker)
+    return gathered[:, :-1].contiguous(), gathered[:, -1] > 0
 
 
 def _encode(encoder: nn.Module, images: Tensor, size: int, compute: Compute, worker: Worker) -> Tensor:

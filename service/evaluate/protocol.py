@@ -93,9 +93,9 @@ class Protocol:
         return len(self.index.classes)
 
     def _features(self, encoder: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and labels (N,) of a split's labelled samples."""
+        """Features (N, D) and labels (N,) of a split's labelled, readable samples."""
         split = DataSplit(self.store, self.index, name)
-        features = extract(
+        features, readable = extract(
             encoder,
             split,
             data=self.config.data,
@@ -104,4 +104,5 @@ class Protocol:
             batch_size=self.config.eval.batch_size,
         )
         labels = torch.from_numpy(split.labels.astype(np.int64))
-        return features[labels >= 0], labels[labels >= 0]
+        chosen = readable & (labels >= 0)
+        return features[chosen], labels[chosen]

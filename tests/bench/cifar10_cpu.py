@@ -115,7 +115,7 @@ def main():
         store = Store(f"{scratch}/local")
         index = read_index(store)
         splits = [DataSplit(store, index, name) for name in ("train", "test")]
-        images = [np.array(load_images(split, 32, 2)) for split in splits]
+        images = [np.array(load_images(split, 32, 2).images) for split in splits]
         labels = [torch.from_numpy(split.labels.astype(np.int64)) for split in splits]
     encoder, epochs = plain_loop(images[0], ours["train_seconds"])
     x, queries = (features(encoder, part) for part in images)

@@ -74,7 +74,7 @@ def run(name, overrides, minutes, train, test):
         (len(train[0]),),
         data.batch_size,
         canonical_partitions(data.partitions, data.batch_size),
-        data.window,
+        data.window or 4096,
         config.seed,
     )
     batches = ResidentBatches(train[0], plan, worker.device)

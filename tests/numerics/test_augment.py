@@ -5,10 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
 
 from service.config import Augment
 from service.data import augment
 from service.data.draws import hash_numpy, hash_torch, key, uniform
+from tests.bench.image_step import published_view
 
 OFF = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "solarize": 0.0}
 
@@ -55,10 +57,14 @@ def test_a_view_depends_on_the_sample_not_on_its_batch():
         assert not torch.equal(first, augment.random_view(images, torch.arange(8), **change, **args))
 
 
+def resampled(image, *warp):
+    return augment.resample(image, augment.affine(*warp, *image.shape[-2:]), 24)
+
+
 def test_a_crop_equals_cut_and_interpolate():
     image = pixels().float() / 255
     one = torch.ones(1)
-    got = augment.resample(image, 3 * one, 5 * one, 10 * one, 14 * one, one, 0 * one, 0 * one, 24)
+    got = resampled(image, 3 * one, 5 * one, 10 * one, 14 * one, one, 0 * one, 0 * one)
     expected = F.interpolate(image[..., 3:13, 5:19], (24, 24), mode="bilinear", align_corners=False)
     inner = (..., slice(2, -2), slice(2, -2))  # at its border a cut image repeats its edge, ours sees beyond
     torch.testing.assert_close(got[inner], expected[inner], atol=1e-5, rtol=0)
@@ -67,16 +73,16 @@ def test_a_crop_equals_cut_and_interpolate():
 def test_flip_mirrors_and_rotation_turns_like_torchvision():
     image = pixels().float() / 255
     zero, one = torch.zeros(1), torch.ones(1)
-    flipped = augment.resample(image, zero, zero, 24 * one, 24 * one, -one, zero, zero, 24)
+    flipped = resampled(image, zero, zero, 24 * one, 24 * one, -one, zero, zero)
     torch.testing.assert_close(flipped, image.flip(-1), atol=1e-5, rtol=0)
-    turned = augment.resample(image, zero, zero, 24 * one, 24 * one, one, torch.full((1,), np.pi / 2), zero, 24)
+    turned = resampled(image, zero, zero, 24 * one, 24 * one, one, torch.full((1,), np.pi / 2), zero)
     assert min((turned - image.rot90(k, (2, 3))).abs().max() for k in (1, 3)) < 1e-4
 
 
 def test_shear_slants_like_torchvision():
     image = pixels().float() / 255
     zero, one = torch.zeros(1), torch.ones(1)
-    slanted = augment.resample(image, zero, zero, 24 * one, 24 * one, one, zero, torch.full((1,), np.radians(20)), 24)
+    slanted = resampled(image, zero, zero, 24 * one, 24 * one, one, zero, torch.full((1,), np.radians(20)))
     bilinear = v2.InterpolationMode.BILINEAR
     candidates = [
         v2.functional.affine(image, 0, [0, 0], 1, [degrees, 0], interpolation=bilinear) for degrees in (20, -20)
@@ -88,8 +94,8 @@ def test_shear_slants_like_torchvision():
 def test_crop_boxes_follow_torchvision():
     count, size = 6000, 32
     config = Augment(crop_scale=(0.2, 1.0))
-    draws = iter(uniform(key(5), torch.arange(count), 40).unbind(1))
-    ours = torch.stack(augment._crop_boxes(draws, config, size, size), 1).numpy()
+    sides = np.full(count, size)
+    ours = augment.crop_boxes(np.arange(count), sides, sides, config=config, seed=5, epoch=0, view=0).astype(float)
     torch.manual_seed(0)
     crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0))
     image = torch.zeros(3, size, size)
@@ -101,6 +107,35 @@ def test_crop_boxes_follow_torchvision():
         a, b = (np.histogram(x[:, column], bins=8, range=(0, size + 1))[0] / count for x in (ours, theirs))
         assert np.abs(a - b).max() < 0.03
     np.testing.assert_allclose(np.corrcoef(ours.T), np.corrcoef(theirs.T), atol=0.06)
+
+
+def test_the_reader_crops_where_a_whole_batch_view_does():
+    images, ids = pixels(32, side=64), torch.arange(32)
+    draw = {"seed": 3, "epoch": 1, "view": 1}
+    config = Augment(rotate=0.0)
+    sides = np.full(32, 64)
+    boxes = augment.crop_boxes(ids.numpy(), sides, sides, config=config, **draw)
+    assert len(np.unique(boxes, axis=0)) == 32
+    crops = [
+        F.interpolate(image[None, :, t : t + h, left : left + w].float(), (64, 64), mode="bilinear")[0].round().byte()
+        for image, (t, left, h, w) in zip(images, boxes, strict=True)
+    ]
+    whole = augment.random_view(images, ids, config=config, size=64, **draw)
+    ours = augment.random_view(torch.stack(crops), ids, config=config, size=64, cropped=True, **draw)
+    inner = (..., slice(4, -4), slice(4, -4))  # a cut image repeats its edge
+    assert (whole[inner] - ours[inner]).abs().max() < 0.05
+
+
+def test_boxes_of_images_of_many_sizes_stay_inside_and_need_no_company():
+    rng = np.random.default_rng(0)
+    ids, heights, widths = rng.integers(1 << 40, size=500), *rng.integers(1, 3000, (2, 500))
+    draw = {"config": Augment(crop_scale=(0.05, 1.0)), "seed": 0, "epoch": 2, "view": 1}
+    boxes = augment.crop_boxes(ids, heights, widths, **draw)
+    top, left, height, width = boxes.T
+    assert boxes.dtype == np.int64 and (boxes >= 0).all() and (boxes[:, 2:] >= 1).all()
+    assert (top + height <= heights).all() and (left + width <= widths).all()
+    alone = [augment.crop_boxes(ids[i : i + 1], heights[i : i + 1], widths[i : i + 1], **draw)[0] for i in range(500)]
+    np.testing.assert_array_equal(alone, boxes)
 
 
 def jittered(theirs, images, **options):
@@ -133,6 +168,41 @@ def test_the_default_jitter_spreads_like_torchvision():
     assert (a - b).abs().max() < 0.02
 
 
+def histogram(values, low, high):
+    return np.histogram(values, bins=10, range=(low, high))[0] / len(values)
+
+
+def test_jitter_factors_are_drawn_like_torchvisions():
+    count, config = 6000, Augment(jitter=1.0, grey=0.0)
+    torch.manual_seed(0)
+    jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
+    factors = [jitter.make_params([]) for _ in range(count)]
+    matrices, contrast = augment._colours(uniform(key(4), torch.arange(count), 6), config)
+    luma = torch.tensor(augment.LUMA)
+    brightness = luma @ matrices @ torch.ones(3)  # grey stays grey under saturation and hue
+    yiq = augment._constants(matrices.device).to_yiq @ matrices @ augment._constants(matrices.device).to_rgb
+    saturation = torch.hypot(yiq[:, 1, 1], yiq[:, 2, 1]) / brightness
+    hue = torch.atan2(yiq[:, 2, 1], yiq[:, 1, 1]) / (2 * np.pi)
+    ours = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    for name, values in ours.items():
+        theirs = np.array([each[f"{name}_factor"] for each in factors], float)
+        low, high = getattr(jitter, name)
+        assert low - 1e-4 <= values.min() and values.max() <= high + 1e-4
+        assert np.abs(histogram(values, low, high) - histogram(theirs, low, high)).max() < 0.025, name
+
+
+def test_whole_views_spread_like_torchvisions():
+    images = pixels(1500, side=32, seed=9)
+    torch.manual_seed(0)
+    transform = published_view()
+    expected = torch.stack([transform(to_pil_image(image)) for image in images])
+    got = augment.random_view(images, torch.arange(1500), config=Augment(), size=32, seed=3, epoch=0, view=1)
+    for statistic in (lambda x: x.mean((0, 2, 3)), lambda x: x.std((0, 2, 3)), lambda x: x.std((2, 3)).mean(0)):
+        torch.testing.assert_close(statistic(got), statistic(expected), atol=0.06, rtol=0.03)
+    a, b = (torch.histc(x, 10, -2, 2.5) / x.numel() for x in (got, expected))
+    assert (a - b).abs().max() < 0.015
+
+
 @pytest.mark.parametrize("name", ["flip", "grey", "solarize", "jitter"])
 def test_probabilities_are_kept(name):
     image = pixels(seed=2).expand(4000, -1, -1, -1)
@@ -161,7 +231,7 @@ def test_blur_equals_torchvision():
 
 
 def test_rotation_stays_within_its_bound():
-    draws = iter(uniform(key(9), torch.arange(5000), 5).unbind(1))
+    draws = uniform(key(9), torch.arange(5000), 5)
     sign, angle, shear = augment._turns(draws, Augment(rotate=15, shear=10, flip=0.5))
     assert angle.abs().max() <= np.radians(15) and angle.abs().max() > np.radians(14.5)
     assert shear.abs().max() <= np.radians(10) and shear.abs().max() > np.radians(9.5)

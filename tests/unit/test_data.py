@@ -9,12 +9,12 @@ import torch
 
 from datasets_prep.errors import UserError
 from jobs import plan
-from service.data.batches import make_plan, open_batches, sequential
+from service.data.batches import open_batches, sequential
+from service.data.cache import ShardCache
 from service.data.decode import decode_rgb, fit
 from service.data.resident import load_images
-from service.data.split import DataSplit, read_index, resolve_mode
+from service.data.split import DataSplit, checked, make_plan, open_sources, read_index, resolve_mode
 from service.data.store import Store
-from service.data.stream import ShardCache
 from tests.configs import tiny
 
 
@@ -32,8 +32,9 @@ def copy(digits, tmp_path):
 
 def batches(folder, mode, start=0, rank=0, world=1):
     config = tiny(folder, data__mode=mode)
-    split = split_of(folder)
-    reader = open_batches(split, make_plan(split, config.data, 42), config.data, device=torch.device("cpu"), hosts=1)
+    sources = open_sources(config.data)
+    plan = make_plan(sources, config.data, 42)
+    reader = open_batches(sources, plan, config.data, views=2, seed=42, device=torch.device("cpu"), hosts=1)
     return list(reader.iterate(start, start + 5, rank, world))
 
 
@@ -51,11 +52,12 @@ def test_both_readers_give_the_same_pixels_on_any_world(digits):
 
 def test_sequential_reads_every_sample_once_in_order(digits):
     split = split_of(digits, "test")
-    whole = np.array(load_images(split, 16, 2))
+    whole = np.array(load_images(split, 16, 2).images)
     for mode in ("resident", "stream"):
         data = tiny(digits, data__mode=mode).data
         parts = [
-            np.concatenate([p.numpy() for p in sequential(split, data, a, b, 37)]) for a, b in ((0, 201), (201, 500))
+            np.concatenate([p.numpy() for p, readable in sequential(split, data, a, b, 37) if readable.all()])
+            for a, b in ((0, 201), (201, 500))
         ]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
@@ -64,13 +66,11 @@ def test_decoded_pixels_are_the_digits(digits):
     from sklearn.datasets import load_digits
 
     split = split_of(digits, "test")
-    shard, rows = split.rows.shards[0], split.sidecar(split.rows.shards[0])
-    tar = split.shard_bytes(shard)
+    opened = split.open_shard(split.rows.shards[0])
     source = load_digits()
-    for row in rows[:20]:
-        offset, size = int(row["offset"][0]), int(row["size"][0])
-        pixels = decode_rgb(tar[offset : offset + size])
-        original = source.images[int(row["key"])] / 16 * 255
+    for row in range(20):
+        pixels = decode_rgb(opened.encoded(row))
+        original = source.images[int(opened.rows["key"][row])] / 16 * 255
         small = pixels[..., 0].astype(float).reshape(8, 2, 8, 2).mean((1, 3))
         assert pixels.shape == (16, 16, 3) and np.corrcoef(small.ravel(), original.ravel())[0, 1] > 0.95
 
@@ -87,17 +87,6 @@ def test_auto_is_resident_while_it_fits(digits):
     assert resolve_mode(split, tiny(digits).data) == "resident"
     assert resolve_mode(split, tiny(digits, data__resident_gb=1e-4).data) == "stream"
     assert plan.make(tiny(digits)).config.data.mode == "resident"
-
-
-def test_the_shard_cache_keeps_its_budget_and_its_maps(copy, tmp_path, monkeypatch):
-    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
-    train, test = split_of(copy), split_of(copy, "test")
-    largest = max(train.rows.shards[0].bytes, test.rows.shards[0].bytes)
-    cache = ShardCache(train, largest)
-    first = cache.fetch(train.rows.shards[0])
-    second = ShardCache(test, largest).fetch(test.rows.shards[0])
-    assert [p.name for p in (tmp_path / "cache/shards").glob("*.tar")] == [test.rows.shards[0].sha256 + ".tar"]
-    assert bytes(first) == train.shard_bytes(train.rows.shards[0]) and len(second) == test.rows.shards[0].bytes
 
 
 @pytest.mark.parametrize(
@@ -125,15 +114,14 @@ def edit(folder, **changes):
 def test_a_damaged_object_is_named(copy, name):
     (copy / name).write_bytes((copy / name).read_bytes()[:-1])
     split = split_of(copy)
-    with pytest.raises(UserError, match=f"{copy}/{name}.*truncated or replaced"):
-        split.shard_bytes(split.rows.shards[0]), split.sidecar(split.rows.shards[0]), split.labels  # noqa: B018
+    for read in (checked, ShardCache(1e9).fetch):
+        with pytest.raises(UserError, match=f"{copy}/{name}.*truncated or replaced"):
+            split.open_shard(split.rows.shards[0], read), split.labels  # noqa: B018
 
 
 def test_labels_that_evaluation_needs_are_asked_for_first(digits):
     with pytest.raises(UserError, match="labels_per_class=.*the smallest class .* has 113 samples in 'train'"):
         plan.make(tiny(digits, eval__labels_per_class=[1, 500]))
-    with pytest.raises(UserError, match="raise data.cache_gb"):
-        plan.make(tiny(digits, data__mode="stream", data__cache_gb=1e-6))
 
 
 def test_too_small_a_split_says_what_fits(digits):

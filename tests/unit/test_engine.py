@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from datasets_prep.errors import UserError
 from service.data.split import DataSplit, read_index
 from service.data.store import Store
 from service.engine import checkpoint, loop
@@ -204,18 +206,18 @@ def test_an_encoder_is_evaluated_and_served_at_its_own_size(few_digits, tmp_path
 def test_all_bad_samples_are_named_at_once(digits, tmp_path):
     index = read_index(Store(digits))
     split = DataSplit(Store(digits), index, "val")
-    tar = bytearray(split.shard_bytes(split.rows.shards[0]))
-    rows = split.sidecar(split.rows.shards[0])
-    for row in rows[:7]:
+    opened = split.open_shard(split.rows.shards[0])
+    tar = bytearray(opened.tar)
+    for row in opened.rows[:7]:
         tar[int(row["offset"][0]) : int(row["offset"][0]) + 8] = b"no image"
     from service.data import resident
 
     class Broken(DataSplit):
-        def shard_bytes(self, shard):
-            return bytes(tar)
+        def open_shard(self, shard):
+            return replace(opened, tar=memoryview(tar))
 
-    with pytest.raises(resident.UserError, match="7 of 130 samples cannot be decoded") as error:
+    with pytest.raises(UserError, match="7 samples cannot be decoded") as error:
         resident.decode_split(Broken(split.store, index, "val"), 16, 2)
     named = [line for line in str(error.value).splitlines() if "no known image format" in line]
-    broken = {row["key"].decode() for row in rows[:7]}
+    broken = {row["key"].decode() for row in opened.rows[:7]}
     assert len(named) == 5 and all(line.split("'")[1] in broken for line in named)

@@ -46,10 +46,9 @@ def test_indexed_tars_are_read_like_our_own(store, format):
     assert indexed.index.classes == ("0", "1", "2") and indexed.index.image_size.max == (12, 10)
     assert {name: split.samples for name, split in indexed.index.splits.items()} == {"train": 31, "val": 4}
     split = DataSplit(store, indexed.index, "train")
-    row = split.sidecar(split.rows.shards[1])[0]
-    tar = split.shard_bytes(split.rows.shards[1])
-    assert row["key"].decode() == f"{long}/ümläut" and split.labels[-1] == 2
-    assert tar[row["offset"][0] :][: row["size"][0]] == image(30)
+    opened = split.open_shard(split.rows.shards[1])
+    assert opened.rows["key"][0].decode() == f"{long}/ümläut" and split.labels[-1] == 2
+    assert opened.encoded(0) == image(30)
     assert verify(store, indexed.index).faults == []
 
 

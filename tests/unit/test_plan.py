@@ -1,3 +1,6 @@
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +8,7 @@ from hypothesis import strategies as st
 
 from datasets_prep.errors import UserError
 from service.config import canonical_partitions
-from service.data.plan import SamplePlan, check_cache, locate
+from service.data.plan import MixturePlan, SamplePlan, check_cache, turns
 
 SHARDS = (313, 300, 250, 304)
 
@@ -75,11 +78,8 @@ def test_every_sample_is_taken_about_equally_often():
 def test_a_rank_opens_only_its_own_shards():
     p = plan(shard_samples=(100,) * 32)
     for world in (2, 4):
-        opened = [p.epoch_shards(3, rank, world) for rank in range(world)]
+        opened = [np.unique(p.locate(epoch_ids(p, 3, rank, world))[0]) for rank in range(world)]
         assert max(len(shards) for shards in opened) <= 32 // world + 1
-        for rank, shards in enumerate(opened):
-            used, _ = locate(p.shard_samples, epoch_ids(p, 3, rank, world))
-            assert set(used.tolist()) <= set(shards)
 
 
 def test_order_is_pinned():
@@ -87,7 +87,7 @@ def test_order_is_pinned():
 
 
 def test_locate_inverts_ids():
-    shards, rows = locate(SHARDS, np.array([0, 312, 313, 612, 613, 1166]))
+    shards, rows = plan().locate(np.array([0, 312, 313, 612, 613, 1166]))
     assert shards.tolist() == [0, 0, 1, 1, 2, 3]
     assert rows.tolist() == [0, 312, 0, 299, 0, 303]
 
@@ -101,9 +101,120 @@ def test_a_world_that_does_not_divide_is_refused():
         plan().batch(0, 0, 3)
 
 
-def test_a_cache_that_would_thrash_is_refused():
-    p = plan(shard_samples=(100,) * 64)
-    check_cache(p, budget_bytes=32 * 10, shard_bytes=10, hosts=1)
-    with pytest.raises(UserError, match="raise data.cache_gb"):
-        check_cache(p, budget_bytes=31 * 10, shard_bytes=10, hosts=1)
-    check_cache(p, budget_bytes=16 * 10, shard_bytes=10, hosts=2)
+def opened_in_two_windows(p, group, groups):
+    """Shards that a group's partitions touch in each window of epoch 0 and the next, counted sample by sample."""
+    steps = p.steps_per_window
+    ids = [p.batch(step, group, groups) for step in range(p.steps_per_epoch)]
+    spans = (np.concatenate(ids[first : first + 2 * steps]) for first in range(0, p.steps_per_epoch, steps))
+    return max(len(np.unique(p.locate(span)[0])) for span in spans)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_cache_that_would_thrash_is_refused(groups):
+    p = plan(shard_samples=(30,) * 400, window=48)
+    most = max(opened_in_two_windows(p, group, groups) for group in range(groups))
+    size = np.full(400, 10)
+    assert most <= p.most_open(size, groups) / 10 <= 1.2 * most
+    check_cache(p, budget_bytes=p.most_open(size, groups), shard_bytes=size, hosts=groups)
+    with pytest.raises(UserError, match="raise data.cache_gb, lower data.window"):
+        check_cache(p, budget_bytes=p.most_open(size, groups) - 1, shard_bytes=size, hosts=groups)
+
+
+def test_imagenet_in_64_mb_shards_fits_the_default_cache():
+    samples = 1_281_167
+    per_shard = 64_000_000 // 112_000
+    shards = (per_shard,) * (samples // per_shard)
+    p = SamplePlan(shards, 256, 64, window=per_shard, seed=0)
+    check_cache(p, budget_bytes=20e9, shard_bytes=np.full(len(shards), 64_000_000), hosts=1)
+
+
+def test_a_plan_of_14_million_samples_is_light(capsys):
+    tracemalloc.start()
+    began = time.perf_counter()
+    p = SamplePlan((933,) * 15_000, 4096, 64, window=933, seed=0)
+    p.most_open(np.full(15_000, 64_000_000), 1)
+    ids = p.batch(3 * p.steps_per_epoch // 2)
+    seconds = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with capsys.disabled():
+        print(f" [{p.samples:,} samples: {seconds:.2f} s, {peak / 1e6:.0f} MB]", end="")
+    assert len(set(ids.tolist())) == 4096 and peak < 500e6
+
+
+def mixture(weights=(0.7, 0.3), batch_size=64, sizes=((313, 300, 250, 304), (100, 41)), partitions=16, seed=1):
+    plans = tuple(SamplePlan(shards, partitions, partitions, 50, seed + i) for i, shards in enumerate(sizes))
+    return MixturePlan(plans, weights, batch_size, 40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=4),
+    partitions=st.integers(1, 24),
+    per_step=st.integers(1, 5),
+)
+def test_every_source_of_a_mixture_has_its_share_of_slots(weights, partitions, per_step):
+    shares = tuple(round(weight * 1000) for weight in weights)
+    steps = 60
+    source, position = turns(shares, partitions, np.arange(partitions)[:, None], np.arange(steps * per_step)[None, :])
+    for number, share in enumerate(shares):
+        mine = source == number
+        part = share / sum(shares)
+        np.testing.assert_array_equal(position[mine], (np.cumsum(mine, 1) - mine)[mine])
+        in_partition = np.cumsum(mine, 1) - part * np.arange(1, mine.shape[1] + 1)
+        assert np.abs(in_partition).max() < len(shares) + 1e-6
+        in_steps = np.cumsum(mine.reshape(partitions, steps, per_step).sum((0, 2)))
+        assert np.abs(in_steps - part * partitions * per_step * np.arange(1, steps + 1)).max() < 2 * len(shares)
+
+
+def test_a_mixture_covers_each_source_epoch_by_epoch_and_repeats_no_id():
+    p = mixture()
+    ids = np.concatenate([p.batch(step) for step in range(200)])
+    assert len(set(ids.tolist())) == len(ids)
+    first = p.plans[0].samples
+    for plan_, low in zip(p.plans, (0, first), strict=True):
+        mine = ids[(ids % p.samples >= low) & (ids % p.samples < low + plan_.samples)]
+        passes = mine // p.samples
+        for epoch in range(passes.min(), passes.max() - 1):
+            assert (passes == epoch).sum() == plan_.per_partition * plan_.partitions
+    small = ids[ids % p.samples >= first]
+    assert len(small) / len(ids) == pytest.approx(0.3, abs=1e-3) and small.max() // p.samples > 20
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_world_sees_the_same_mixture(world):
+    p, again = mixture(weights=(3, 2)), mixture(weights=(6, 4))
+    for step in (0, 1, 7, 100_000):
+        parts = [p.batch(step, rank, world) for rank in range(world)]
+        assert {len(part) for part in parts} == {64 // world}
+        np.testing.assert_array_equal(np.concatenate(parts), again.batch(step))
+
+
+def test_a_mixture_locates_its_samples():
+    p = mixture()
+    shards, rows = p.locate(np.array([0, 1166, 1167, 1266, 1267, 1308 * 5 + 1307, 1308]))
+    assert shards.tolist() == [0, 3, 4, 4, 5, 5, 0]
+    assert rows.tolist() == [0, 303, 0, 99, 0, 40, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.integers(1, 60), min_size=1, max_size=10),
+    per_partition=st.integers(1, 4),
+    partitions=st.sampled_from([1, 2, 4, 8, 24]),
+    window=st.integers(1, 80),
+    seed=st.integers(0, 2**31 - 1),
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    resumed=st.integers(0, 10**6),
+)
+def test_worlds_agree_and_resuming_anywhere_continues_the_same_order(
+    shards, per_partition, partitions, window, seed, world, resumed
+):
+    if sum(shards) // partitions < per_partition or partitions % world:
+        return
+    p, again = (SamplePlan(tuple(shards), per_partition * partitions, partitions, window, seed) for _ in range(2))
+    step = resumed % (3 * p.steps_per_epoch)
+    for at in range(step, step + 3):
+        parts = [again.batch(at, rank, world) for rank in range(world)]
+        np.testing.assert_array_equal(np.concatenate(parts), p.batch(at))
+        assert {len(part) for part in parts} == {p.batch_size // world}

@@ -30,7 +30,7 @@ MARK = "incomplete.json"  # there while tars are being indexed, or after that wa
 _SORTED_AT_LEAST = 0.05  # share of equal neighbours above chance that is worth a warning
 _FIX = "mend the tars, leave them out, or write them anew with `tessera shard wds`"
 
-Progress = Callable[[int, int], None]  # tars done, tars in all
+Progress = Callable[[int, int, int], None]  # tars done, tars in all, bytes done
 
 
 class Address(Protocol):
@@ -86,7 +86,7 @@ def index_tars(
         class_list: file with a class name a line, in label order; by default classes are numbers.
         workers: threads that read tars.
         write: whether to write anything.
-        progress: called with (tars done, tars in all).
+        progress: called with (tars done, tars in all, bytes done).
 
     Raises:
         UserError: no tars, an index that is there already, files in the sidecars' places, an address that cannot be
@@ -99,7 +99,7 @@ def index_tars(
             for tar in pool.map(partial(_read, store, write), tars):
                 found.append(tar)
                 if progress:
-                    progress(len(found), len(tars))
+                    progress(len(found), len(tars), sum(each.shard.bytes for each in found if each.shard))
         splits = _by_split(found, split)
         indexed = _index(store, name, splits, class_list)
     except UserError:

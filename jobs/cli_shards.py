@@ -192,17 +192,14 @@ def _show(split: DataSplit, figures: Survey) -> None:
 def _histogram(classes: dict[str, int]) -> list[str]:
     """Lines of class, count and bar; of many classes the largest and the smallest ones."""
     rows = list(classes.items())
+    most, half = max(classes.values()), _CLASSES_SHOWN // 2
+    wide = min(30, max(map(len, classes)))
     if len(rows) > _CLASSES_SHOWN:
-        ordered = sorted(rows, key=lambda row: -row[1])
-        rows = [*ordered[: _CLASSES_SHOWN // 2], ("…", 0), *ordered[-_CLASSES_SHOWN // 2 :]]
-    wide = min(30, max(len(name) for name, _ in rows))
-    most = max(classes.values())
-    return [
-        f"  {name[:wide]:<{wide}} {count:>9,} {'█' * -(-count * _BAR // most)}"
-        if name != "…"
-        else f"  … {len(classes):,}"
-        for name, count in rows
-    ]
+        rows.sort(key=lambda row: -row[1])
+    lines = [f"  {name[:wide]:<{wide}} {count:>9,} {'█' * -(-count * _BAR // most)}".rstrip() for name, count in rows]
+    if len(rows) > _CLASSES_SHOWN:
+        lines[half:-half] = [f"  … {len(rows) - 2 * half:,} classes between these"]
+    return lines
 
 
 COMMANDS: tuple[click.Command, ...] = (index, verify, inspect)

@@ -50,7 +50,7 @@ def augmented_sheet(split: DataSplit, config: RunConfig | None) -> Image.Image:
     drawn = augmented(split, pictures, data, views=views, epochs=_EPOCHS, seed=config.seed if config else 0)
     names = [f"epoch {epoch}, view {view}" for epoch in range(1, _EPOCHS + 1) for view in range(1, views + 1)]
     rows = [Row([each.pixels, *row], _class(split, each)) for each, row in zip(pictures, drawn, strict=True)]
-    return draw(f"{_heading(split)}, views of {data.image_size}×{data.image_size}", rows, ["stored", *names])
+    return draw(f"{_heading(split)}, views of {data.image_size} pixels", rows, ["stored", *names])
 
 
 def augmented(

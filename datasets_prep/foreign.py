@@ -257,7 +257,7 @@ def _order_warnings(split: str, tars: list[_Tar]) -> list[str]:
         return []
     equal = sum(int(np.count_nonzero(tar.labels[1:] == tar.labels[:-1])) for tar in tars) / pairs
     chance = float(np.square(np.bincount(labels) / len(labels)).sum())
-    if equal - chance < max(_SORTED_AT_LEAST, 5 * (chance * (1 - chance) / pairs) ** 0.5):
+    if equal - chance < max(_SORTED_AT_LEAST, 3 * (chance * (1 - chance) / pairs) ** 0.5):
         return []
     return [
         f"{split} is sorted by class: {equal:.0%} of neighbours share their class, {chance:.1%} would in random order. "

@@ -108,7 +108,7 @@ def sidecar_dtype(key_bytes: int, fields: int) -> np.dtype[Any]:
     return np.dtype([("key", f"S{key_bytes}"), ("offset", "<i8", (fields,)), ("size", "<i8", (fields,))])
 
 
-def parse_array(data: bytes) -> NDArray[Any]:
+def parse_array(data: bytes | memoryview) -> NDArray[Any]:
     """Read the bytes of a `.npy` file; ValueError for anything but one whole array without Python objects."""
     try:
         with _parsing:

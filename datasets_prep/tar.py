@@ -73,7 +73,7 @@ class TarBuilder:
         end = self._used + _END_BLOCKS
         self._blocks[self._used : end] = 0
         rows = len(self._keys), len(fields)
-        sidecar = _sidecar(self._keys, ((starts + 1) * BLOCK).reshape(rows), sizes.reshape(rows))
+        sidecar = sidecar_bytes(self._keys, ((starts + 1) * BLOCK).reshape(rows), sizes.reshape(rows))
         return self._flat[: end * BLOCK], sidecar
 
     def _grow(self, blocks: int) -> None:
@@ -121,7 +121,8 @@ def _octal(values: NDArray[np.int64], digits: int) -> Bytes:
     return ((values[:, None] >> shifts & 7) + ord("0")).astype(np.uint8)
 
 
-def _sidecar(keys: Sequence[str], offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
+def sidecar_bytes(keys: Sequence[str], offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bytes:
+    """Bytes of the sidecar of N samples, from offsets and sizes (N, fields) of their files' contents in the tar."""
     encoded = [encode_name(key) for key in keys]
     rows = np.empty(len(keys), sidecar_dtype(max(map(len, encoded)), offsets.shape[1]))
     rows["key"], rows["offset"], rows["size"] = encoded, offsets, sizes

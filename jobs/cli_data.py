@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     epilog="\b\nExamples:\n  tessera shard digits --out data/digits\n"
     "  tessera shard cifar10 --source ~/data --out s3://data/cifar10\n"
     "  tessera shard imagefolder --source photos --out data/photos --dry-run\n"
+    "  tessera shard imagenet100 --source ILSVRC --class-list imagenet100.txt --out data/in100\n"
     "  tessera shard imagenet --source ILSVRC --out s3://data/in1k --short-side 256 --on-error skip\n\n"
     "A command that was killed goes on when it is given again: finished shards are kept."
 )
 @click.argument("source")
 @click.option("--source", "path", type=click.Path(path_type=Path), help="Folder or archive of the original data.")
+@click.option("--class-list", type=click.Path(path_type=Path), help="Classes, one a line: of imagenet100, wds.")
+@click.option("--image-column", default="image", show_default=True, help="Of parquet files.")
+@click.option("--label-column", default="label", show_default=True, help="Of parquet files.")
 @click.option("--out", required=True, help="Folder or s3:// address to write to.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of order and validation cut.")
 @click.option("--shard-mb", type=click.IntRange(1), default=64, show_default=True, help="MiB of a shard, about.")
@@ -50,6 +54,9 @@ if TYPE_CHECKING:
 def shard(
     source: str,
     path: Path | None,
+    class_list: Path | None,
+    image_column: str,
+    label_column: str,
     out: str,
     seed: int,
     shard_mb: int,
@@ -62,11 +69,16 @@ def shard(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write SOURCE (digits, cifar10, imagefolder) as WebDataset shards with an index."""
+    """Write SOURCE as WebDataset shards with an index.
+
+    SOURCE is cifar10, cifar100, digits, imagefolder, imagenet, imagenet100, parquet, stl10, tiny-imagenet or wds.
+    """
     from datasets_prep.images import ImagePolicy
+    from datasets_prep.sources.base import Options
     from jobs import shard as sharding
 
     options: dict[str, Any] = {
+        "options": Options(class_list, image_column, label_column),
         "seed": seed,
         "shard_mb": shard_mb,
         "val_share": val_share,

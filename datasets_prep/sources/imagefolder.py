@@ -8,9 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets_prep.errors import UserError
-from datasets_prep.sources.base import EXTENSIONS, NO_OPTIONS, UNLABELLED, Options, Sample, Source, Span, by_key
-
-SPLITS = ("train", "val", "test", "unlabelled")
+from datasets_prep.sources.base import EXTENSIONS, NO_OPTIONS, SPLITS, UNLABELLED, Options, Sample, Source, Span, by_key
 
 
 def open_source(path: Path | None = None, options: Options = NO_OPTIONS) -> Source:

@@ -37,17 +37,24 @@ def open_batches(
         images, bad = load_images(sources[0], data.largest_side, data.workers, data.max_bad)
         return ResidentBatches(images, plan, device, bad.tolist())
     check_cache(plan, budget_bytes=data.cache_gb * 1e9, shard_bytes=remote_bytes(sources), hosts=hosts)
-    side = whole_side(sources, data.image_size)
     return StreamBatches(
         shards_of(sources),
         plan,
-        Squares(side) if side else Crops(data.augment, data.image_size, views, seed),
+        choose_decoder(sources, data, views=views, seed=seed),
         cache=ShardCache(data.cache_gb * 1e9),
         workers=data.workers,
         prefetch=data.prefetch,
         max_bad=data.max_bad,
         device=device,
     )
+
+
+def choose_decoder(sources: Sequence[DataSplit], data: Data, *, views: int, seed: int) -> Squares | Crops:
+    """Decide what is decoded of images to train on: whole squares, or already the crops of their views."""
+    if not data.mixture and resolve_mode(sources[0], data) == "resident":
+        return Squares(decode_side(sources[0], data.largest_side))
+    side = whole_side(sources, data.image_size)
+    return Squares(side) if side else Crops(data.augment, data.image_size, views, seed)
 
 
 def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

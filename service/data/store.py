@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _PART_BYTES = 16 << 20  # S3 allows 10,000 parts: objects up to 156 GiB
+_CHUNK_BYTES = 4 << 20
 _STAGED = re.compile(r"#\d+$")  # of a file that is being written: obstore does not list such names
 
 
@@ -82,6 +83,18 @@ class Store:
         """Return a whole object, or raise `NotFound`."""
         with self._faults(name):
             return obstore.get(self._reading, name).bytes().to_bytes()
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """Yield an object's bytes in order, some MB at a time."""
+        with self._faults(name):
+            for chunk in obstore.get(self._reading, name).stream(_CHUNK_BYTES):
+                yield bytes(chunk)
+
+    def ranges(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+        """Return pieces of an object, by offset and size in bytes; near ones are fetched as one."""
+        with self._faults(name):
+            pieces = obstore.get_ranges(self._reading, name, starts=offsets, lengths=sizes)
+            return [bytes(piece) for piece in pieces]
 
     def exists(self, name: str) -> bool:
         """Say whether there is an object of this name."""

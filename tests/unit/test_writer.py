@@ -417,5 +417,5 @@ def test_shard_and_its_estimate(store):
 
 
 def test_unknown_source(store):
-    with pytest.raises(UserError, match="source 'mnist' is unknown: choose one of cifar10, digits, imagefolder"):
+    with pytest.raises(UserError, match="source 'mnist' is unknown: choose one of cifar10, cifar100, digits"):
         shard("mnist", store.uri)

@@ -266,10 +266,11 @@ class _Stopped(Exception):
 
 
 def _begin(job: Job, counters: Any) -> None:
-    """Set up a process of the pool: it leaves Ctrl-C to its parent and ends when the parent is gone."""
+    """Set up a process of the pool: it leaves signals to its parent and ends when the parent is gone."""
     global _writer
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may go to the whole group
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def advance(samples: int, size: int) -> None:

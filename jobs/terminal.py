@@ -54,7 +54,8 @@ class progress:  # noqa: N801  (reads as a function)
             self._bar.update(self._task, completed=done, total=total, pace=self._pace(done, total, size, now))
         elif now >= self._next_line:
             self._next_line = now + _LINE_SECONDS
-            note(f"{self._title}: {done:,} of {total:,} {self._unit}, {self._pace(done, total, size, now)}")
+            pace = self._pace(done, total, size, now)
+            note(f"{self._title}: {done:,} of {total:,} {self._unit}{', ' if pace else ''}{pace}")
 
     def _pace(self, done: int, total: int, size: int, now: float) -> str:
         assert self._first is not None

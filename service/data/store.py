@@ -143,12 +143,14 @@ class Store:
             obstore.delete(self._reading, name)
 
     def sweep(self) -> None:
-        """Remove what killed writers left half-written in a folder; call it where nobody else writes."""
-        if self.local_path is not None:
-            with self._faults(""):
+        """Remove what killed writers left half-written in a folder or on S3; call it where nobody else writes."""
+        with self._faults(""):
+            if self.local_path is not None:
                 for path in self.local_path.rglob("*#*"):
                     if _STAGED.search(path.name):
                         path.unlink(missing_ok=True)
+            elif urlsplit(self.uri).scheme in ("s3", "s3a"):
+                _abort_uploads(*urlsplit(f"{self.uri}/")[1:3])
 
     @property
     def _is_absent(self) -> bool:
@@ -232,6 +234,19 @@ def _put_file(folder: Path, name: str, data: bytes | memoryview | Path) -> None:
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def _abort_uploads(bucket: str, path: str) -> None:
+    """Abort multipart uploads that were never finished: nobody sees them, but their parts are kept and paid for."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    prefix = path.lstrip("/")
+    with suppress(BotoCoreError, ClientError):  # a writer may lack the right to list them
+        client = boto3.client("s3")
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+            for each in page.get("Uploads", []):
+                client.abort_multipart_upload(Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
 
 
 def _canonical(uri: str) -> str:

@@ -135,6 +135,19 @@ def test_a_failed_multipart_upload_is_aborted(uri, s3, s3_env, monkeypatch):
     )
 
 
+def test_a_sweep_aborts_uploads_of_killed_writers_below_its_address(uri, s3):
+    client = boto3.client("s3", endpoint_url=s3.endpoint)
+    prefix = uri.removeprefix(f"s3://{s3.bucket}/")
+    for key in (f"{prefix}/train/x.tar", f"{prefix}-other/x.tar"):
+        upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=bytes(5 << 20))
+    Store(uri).put("y", b"kept")
+    Store(uri).sweep()
+    uploads = [each["Key"] for each in client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", [])]
+    assert [key for key in uploads if key.startswith(prefix)] == [f"{prefix}-other/x.tar"]
+    assert Store(uri).list() == ["y"]
+
+
 def test_busy_replies_and_cut_bodies_are_overcome(uri, s3, monkeypatch):
     data = os.urandom(8 << 20)
     Store(uri).put("x", data)

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def index_tars(
         indexed = _index(store, name, splits, class_list)
     except UserError:
         if write:
-            _withdraw(store, tars)
+            with suppress(UserError):  # of a store that is down: then the mark stays, and the next run begins anew
+                _withdraw(store, tars)
         raise
     if write:
         store.put(LABELS_NAME, _labels(splits))

@@ -1,5 +1,6 @@
 import io
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from datasets_prep.errors import UserError
 from datasets_prep.foreign import MARK, index_tars
 from datasets_prep.index import INDEX_NAME, LABELS_NAME, parse_array
 from datasets_prep.sources import open_source
+from datasets_prep.sources.base import Sample, Source
 from datasets_prep.verify import verify
+from datasets_prep.writer import write_dataset
+from service.data import ShardDataset
 from service.data.split import DataSplit, read_index
 from service.data.store import Store
 from tests.unit.test_archives import image, tar_of
@@ -201,3 +205,27 @@ def test_our_reader_takes_shards_of_webdatasets_writer(store, tmp_path):
     again = open_source("wds", store.local_path)
     assert [sample.label for sample in again.splits["train"]] == [n % 4 for n in range(20)]
     assert INDEX_NAME in store.list()
+
+
+def test_our_own_shards_get_their_own_sidecars_back(store, tmp_path):
+    samples = [Sample(f"{n % 4}/{n:03d}", "jpg", n % 4, partial(image, n)) for n in range(40)]
+    written = write_dataset(Source("foreign", ("0", "1", "2", "3"), {"train": samples}), store)
+    before = contents(store)
+    for name in store.list():
+        if not name.endswith(".tar"):
+            store.delete(name)
+    assert index_tars(store).index == written
+    assert contents(store) == before
+
+
+def test_foreign_tars_become_batches(store):
+    for number in range(3):
+        store.put(f"{number}.tar", tar_of(shuffled(100 * number, 100 * number + 20)))
+    index = index_tars(store).index
+    labels = DataSplit(store, index, "train").labels
+    seen = []
+    for batch in ShardDataset(store.uri, batch_size=12, image_size=8, views=2, partitions=2):
+        assert batch.images.shape == (2, 12, 3, 8, 8)
+        assert batch.labels.tolist() == labels[batch.ids].tolist()
+        seen += batch.ids.tolist()
+    assert sorted(seen) == list(range(60))

@@ -50,16 +50,20 @@ def test_both_readers_give_the_same_pixels_on_any_world(digits):
             assert torch.equal(torch.cat([half[1] for half in halves]), a_ids)
 
 
-def test_sequential_reads_every_sample_once_in_order(digits):
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_reads_every_sample_once_in_order_on_any_world(digits, mode, world):
     split = split_of(digits, "test")
+    data = tiny(digits, data__mode=mode).data
+    bounds = [split.samples * rank // world for rank in range(world + 1)]
+    parts = [
+        part
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for part in sequential(split, data, start, stop, 37)
+    ]
+    assert all(len(images) == len(readable) <= 37 and readable.all() for images, readable in parts)
     whole = np.array(load_images(split, 16, 2).images)
-    for mode in ("resident", "stream"):
-        data = tiny(digits, data__mode=mode).data
-        parts = [
-            np.concatenate([p.numpy() for p, readable in sequential(split, data, a, b, 37) if readable.all()])
-            for a, b in ((0, 201), (201, 500))
-        ]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(torch.cat([images for images, _ in parts]), whole)
 
 
 def test_decoded_pixels_are_the_digits(digits):

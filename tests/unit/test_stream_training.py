@@ -93,7 +93,7 @@ def test_a_weight_can_be_overridden_and_errors_name_the_fix():
         (both[:1], "steps_per_epoch=None with 2 sources in mixture.*give both or neither"),
         (both[1:], "steps_per_epoch=9 with 0 sources"),
         ([*both, "data.mode=resident"], "use mode=stream"),
-        ([*both, "data.mixture.b.wieght=2"], "data.mixture.b.wieght is no setting"),
+        ([*both, "data.mixture.b.wait=2"], "data.mixture.b.wait is no setting"),
         ([*both, "data.mixture.b.weight=0"], "data.mixture.b.weight=0: Input should be greater than 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -66,6 +66,19 @@ def test_evaluation_reads_every_sample_once_in_order_on_any_world(digits, mode, 
     np.testing.assert_array_equal(torch.cat([images for images, _ in parts]), whole)
 
 
+def test_a_split_that_the_cache_cannot_keep_is_decoded_into_memory(digits, tmp_path, small_disk, monkeypatch, caplog):
+    split = split_of(digits, "test")
+    whole = np.array(load_images(split, 16, 2).images)
+    (tmp_path / "file").touch()
+    for folder, reason in ((small_disk / "cache", "cannot keep"), (tmp_path / "file", "does not work")):
+        monkeypatch.setenv("TESSERA_CACHE", str(folder))
+        with open(small_disk / "ballast", "wb", buffering=0) as file:
+            file.write(bytes(300_000))
+        np.testing.assert_array_equal(load_images(split, 16, 2).images, whole)
+        assert reason in caplog.text and str(folder) in caplog.text
+    assert not list((small_disk / "cache").rglob("*.tmp"))
+
+
 def test_decoded_pixels_are_the_digits(digits):
     from sklearn.datasets import load_digits
 

@@ -1,6 +1,7 @@
 """Fixtures for every tier: real servers start once a session, real data is skipped where it is absent."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,3 +68,15 @@ def few_digits(tmp_path_factory):
     splits = {"train": whole.splits["train"][:300], "test": whole.splits["test"][:60]}
     write_dataset(replace(whole, splits=splits), Store(folder))
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import logging
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ from service.data.cache import cache_root
 from service.data.decode import DECODER, decode_rgb, fit
 from service.data.plan import SamplePlan
 from service.data.split import DataSplit, decode_side
+
+log = logging.getLogger(__name__)
 
 
 class Decoded(NamedTuple):
@@ -50,22 +54,44 @@ def decode_split(split: DataSplit, side: int, workers: int, max_bad: int = 0) ->
 
 
 def load_images(split: DataSplit, image_size: int, workers: int, max_bad: int = 0) -> Decoded:
-    """Decoded split, its pixels memory-mapped from one file that the processes of a node share."""
+    """Decoded split, its pixels memory-mapped from one file that the processes of a node share.
+
+    Where the cache cannot be written to, or is full, each process decodes into its own memory instead.
+    """
     side = decode_side(split, image_size)
-    folder = cache_root() / "resident"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{split.index.fingerprint}-{split.name}-{side}-{max_bad}-{DECODER}.npy"
-    bad = path.with_suffix(".bad.npy")
-    with open(folder / f"{path.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first process decodes, the others of the node wait and map its file
-        if not path.exists():
-            decoded = decode_split(split, side, workers, max_bad)
-            np.save(bad, decoded.bad)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(unfinished, "wb") as file:
-                np.save(file, decoded.images)
-            unfinished.rename(path)
-    return Decoded(np.load(path, mmap_mode="c", allow_pickle=False), np.load(bad, allow_pickle=False))
+    path = cache_root() / "resident" / f"{split.index.fingerprint}-{split.name}-{side}-{max_bad}-{DECODER}.npy"
+    try:
+        with ExitStack() as stack:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first process decodes, the others of the node wait and map its file
+            if not path.exists():
+                return _keep(path, decode_split(split, side, workers, max_bad))
+            return _map(path)
+    except OSError as error:
+        log.warning("the cache %s does not work (%s): %r is decoded into memory", path.parent, error, split.name)
+        return decode_split(split, side, workers, max_bad)
+
+
+def _map(path: Path) -> Decoded:
+    bad = np.load(path.with_suffix(".bad.npy"), allow_pickle=False)
+    return Decoded(np.load(path, mmap_mode="c", allow_pickle=False), bad)
+
+
+def _keep(path: Path, decoded: Decoded) -> Decoded:
+    """Write a decoded split and map it; what cannot be written stays in memory."""
+    unfinished = path.with_suffix(".tmp")  # a killed process's is overwritten: the lock is ours
+    try:
+        with open(path.with_suffix(".bad.npy"), "wb") as file:
+            np.save(file, decoded.bad)
+        with open(unfinished, "wb") as file:
+            np.save(file, decoded.images)
+        unfinished.rename(path)
+        return _map(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        log.warning("the cache %s cannot keep %s (%s): it stays in memory", path.parent, path.name, error)
+        return decoded
 
 
 class ResidentBatches:

@@ -166,7 +166,10 @@ def open_sources(data: Data) -> list[DataSplit]:
 def plan_split(split: DataSplit, *, batch_size: int, partitions: int, window: int | None, seed: int) -> SamplePlan:
     """Plan one split; without a window, as many samples as a mean shard has are shuffled together, at most 4096."""
     mean = max(1, split.samples // len(split.rows.shards))
-    return SamplePlan(split.shard_samples, batch_size, partitions, window or min(_WINDOW, mean), seed)
+    try:
+        return SamplePlan(split.shard_samples, batch_size, partitions, window or min(_WINDOW, mean), seed)
+    except UserError as error:
+        raise UserError(f"{split.store.uri}, split {split.name!r}: {error}") from None
 
 
 def make_plan(sources: Sequence[DataSplit], data: Data, seed: int) -> Plan:

@@ -2,7 +2,6 @@
 
 import hashlib
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
@@ -157,18 +156,6 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_shards_are_held_in_memo
     for name in objects[1]:
         assert bytes(cache.fetch(Store(server[0]), *name)) == (objects[0] / name[0]).read_bytes()
     assert caplog.text.count("shards are held in memory") == 1 and str(tmp_path / "cache") in caplog.text
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_makes_the_cache_smaller(objects, server, small_disk, caplog):

@@ -50,16 +50,33 @@ def test_both_readers_give_the_same_pixels_on_any_world(digits):
             assert torch.equal(torch.cat([half[1] for half in halves]), a_ids)
 
 
-def test_sequential_reads_every_sample_once_in_order(digits):
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_reads_every_sample_once_in_order_on_any_world(digits, mode, world):
+    split = split_of(digits, "test")
+    data = tiny(digits, data__mode=mode).data
+    bounds = [split.samples * rank // world for rank in range(world + 1)]
+    parts = [
+        part
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for part in sequential(split, data, start, stop, 37)
+    ]
+    assert all(len(images) == len(readable) <= 37 and readable.all() for images, readable in parts)
+    whole = np.array(load_images(split, 16, 2).images)
+    np.testing.assert_array_equal(torch.cat([images for images, _ in parts]), whole)
+
+
+def test_a_split_that_the_cache_cannot_keep_is_decoded_into_memory(digits, tmp_path, small_disk, monkeypatch, caplog):
     split = split_of(digits, "test")
     whole = np.array(load_images(split, 16, 2).images)
-    for mode in ("resident", "stream"):
-        data = tiny(digits, data__mode=mode).data
-        parts = [
-            np.concatenate([p.numpy() for p, readable in sequential(split, data, a, b, 37) if readable.all()])
-            for a, b in ((0, 201), (201, 500))
-        ]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    (tmp_path / "file").touch()
+    for folder, reason in ((small_disk / "cache", "cannot keep"), (tmp_path / "file", "does not work")):
+        monkeypatch.setenv("TESSERA_CACHE", str(folder))
+        with open(small_disk / "ballast", "wb", buffering=0) as file:
+            file.write(bytes(300_000))
+        np.testing.assert_array_equal(load_images(split, 16, 2).images, whole)
+        assert reason in caplog.text and str(folder) in caplog.text
+    assert not list((small_disk / "cache").rglob("*.tmp"))
 
 
 def test_decoded_pixels_are_the_digits(digits):

@@ -1,6 +1,8 @@
 """The stream through its public face: coverage, order, resume, faults, and that a sample's parts belong together."""
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -236,6 +238,12 @@ def test_too_small_a_cache_is_refused_before_anything_is_fetched(colours):
         with pytest.raises(UserError, match="data.cache_gb=1e-05 is less than.*lower data.window"):
             opened(uri, cache_gb=1e-5)
     assert len(list(opened(colours, cache_gb=1e-5))) == 9  # a folder is mapped where it lies
+
+
+def test_the_package_is_light_until_the_class_is_asked_for():
+    code = "import sys, service.data; print('torch' in sys.modules, hasattr(service.data, 'Nothing'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DOCS.parents[1])
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_the_example_of_the_guide(colours, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ Shape legend: B samples of a rank's batch, V views, S side of a decoded square.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Thread
@@ -117,14 +117,14 @@ class ShardQueue:
         self._shards, self._cache, self._most = shards, cache, most
         self._opened: OrderedDict[int, Future[OpenShard]] = OrderedDict()
 
-    def request(self, numbers: Iterable[int], pool: ThreadPoolExecutor) -> None:
-        """Start to fetch what is not open."""
+    def request(self, numbers: Collection[int], pool: ThreadPoolExecutor) -> None:
+        """Start to fetch what is not open; none of `numbers` is let go for another of them."""
         for number in numbers:
             if number not in self._opened:
                 split, shard = self._shards[number]
                 self._opened[number] = pool.submit(split.open_shard, shard, self._cache.fetch)
             self._opened.move_to_end(number)
-        while len(self._opened) > self._most:
+        while len(self._opened) > max(self._most, len(numbers)):
             self._opened.popitem(last=False)[1].cancel()
 
     def are_open(self, numbers: Iterable[int]) -> bool:
@@ -214,8 +214,9 @@ class _Steps:
 
     def __init__(self, reader: StreamBatches, steps: range, rank: int, world: int) -> None:
         self._reader, self._plan, self._place = reader, reader.plan, (rank, world)
-        self._coming, self._looked = deque(steps), deque(steps)
-        self._ids: dict[int, Ids] = {}
+        self._next = self._looked = steps.start  # the step to decode next, and to look at for its shards
+        self._stop = steps.stop
+        self._ids: dict[int, Ids] = {}  # of the steps between
         most = reader.plan.most_open(np.ones(len(reader.shards), np.int64), world)
         self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch)
         self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), decoding_threads(reader.workers)
@@ -227,35 +228,34 @@ class _Steps:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         ahead: deque[_Batch] = deque()
-        while self._coming or ahead:
-            while self._coming and len(ahead) <= _STEPS_AHEAD:
+        while self._next < self._stop or ahead:
+            while self._next < self._stop and len(ahead) <= _STEPS_AHEAD:
                 self._look_ahead()
-                ids = self._ids[self._coming[0]]
-                numbers, rows = self._plan.locate(ids)
+                numbers, rows = self._plan.locate(self._ids[self._next])
                 needed = np.unique(numbers).tolist()
                 if ahead and not self._queue.are_open(needed):
                     break  # what is decoded already need not wait for the network
                 self._queue.request(needed, self._fetching)
                 opened = {number: self._queue.get(number) for number in needed}
                 places = [(opened[n], row) for n, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
-                ahead.append(self._start(self._coming.popleft(), places))
+                ahead.append(self._start(places))
             yield self._finish(ahead.popleft())
 
     def _look_ahead(self) -> None:
         """Request the shards of coming steps in order of need, up to a window ahead."""
-        until = self._coming[0] + self._plan.steps_per_window
-        for _ in range(_LOOKS):
-            if not self._looked or self._looked[0] > until:
+        until = min(self._stop, self._next + self._plan.steps_per_window + 1)
+        for step in range(self._looked, min(until, self._looked + _LOOKS)):
+            if step > self._next and self._queue.unfinished() >= 2 * self._reader.prefetch:
                 return
-            if self._looked[0] > self._coming[0] and self._queue.unfinished() >= 2 * self._reader.prefetch:
-                return
-            step = self._looked.popleft()
             ids = self._ids[step] = self._plan.batch(step, *self._place)
             self._queue.request(np.unique(self._plan.locate(ids)[0]).tolist(), self._fetching)
+            self._looked = step + 1
 
-    def _start(self, step: int, places: Sequence[tuple[OpenShard, int]]) -> _Batch:
-        reader, ids = self._reader, self._ids.pop(step)
-        epoch = step // self._plan.steps_per_epoch
+    def _start(self, places: Sequence[tuple[OpenShard, int]]) -> _Batch:
+        """Decode the next step, whose samples are at `places`."""
+        reader, ids = self._reader, self._ids.pop(self._next)
+        epoch = self._next // self._plan.steps_per_epoch
+        self._next += 1
         images = torch.empty(reader.decoder.shape(len(ids)), dtype=torch.uint8, pin_memory=reader.device.type == "cuda")
         size = min(_PART, -(-len(ids) // reader.workers))
         parts = [

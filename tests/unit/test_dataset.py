@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def test_a_position_in_another_order_is_refused(colours, tmp_path):
             data.load_state_dict(state)
 
 
+def test_shards_of_very_different_sizes_are_read_epoch_by_epoch(tmp_path):
+    folder = write(tmp_path, {"train": [1] * 40 + [90] + [1] * 30})
+    data = opened(folder, window=4, prefetch=1)
+    for epoch in range(5):
+        assert data.epoch == epoch
+        planned = [data.plan.batch(epoch * len(data) + step).tolist() for step in range(len(data))]
+        assert ids_of(data) == planned and len(planned) == 6
+
+
 def test_a_world_that_does_not_divide_is_refused_at_once(colours):
     with pytest.raises(UserError, match="world of 3 ranks does not divide the plan's 8 partitions"):
         opened(colours, rank=0, world=3)
@@ -206,6 +216,23 @@ def test_labels_outside_the_classes_are_named(tmp_path):
     damage(folder, "index.json", lambda text: text.replace(old.encode(), new.encode()))
     with pytest.raises(UserError, match=f"{folder}/labels.npy has {TOTAL} labels from 0 to 7 for .* 7 classes"):
         list(opened(folder))
+
+
+def test_shards_of_the_next_window_are_fetched_before_they_are_needed(tmp_path):
+    folder = write(tmp_path, {"train": [5] * 60})
+    asked = set()
+    with file_server(folder, lambda path: asked.add(path)) as uri:
+        data = opened(uri, window=24, prefetch=60)
+        first, then = (
+            {f"train/shard-{n:06d}.tar" for step in steps for n in data.plan.locate(data.plan.batch(step))[0]}
+            for steps in (range(8), range(8, 10))
+        )
+        next(batches := iter(data))  # decoding is at step 4 at most now
+        deadline = time.monotonic() + 30
+        while not then <= asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert then - first and then <= asked
+        batches.close()
 
 
 def test_passing_faults_lose_and_repeat_nothing(colours):

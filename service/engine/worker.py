@@ -59,7 +59,8 @@ def start_worker(compute: Compute) -> Worker:
         dist.init_process_group("nccl" if cuda else "gloo")
     if compute.threads:
         torch.set_num_threads(compute.threads)
-    torch.use_deterministic_algorithms(compute.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != compute.deterministic:  # the call imports the compiler
+        torch.use_deterministic_algorithms(compute.deterministic)
     torch.backends.cudnn.benchmark = not compute.deterministic
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0

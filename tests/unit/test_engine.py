@@ -168,7 +168,7 @@ def test_another_environment_is_told(few_digits, tmp_path, caplog):
     run(config, tmp_path, die_after=3)
     wait_for(tmp_path / "checkpoints/step-00000002-lease-0000/COMMIT.json")
     torch.set_num_threads(2)
-    run(config.model_copy(update={"compute": config.compute.model_copy(update={"threads": 2})}), tmp_path)
+    run(config.model_copy(update={"compute": config.compute.model_copy(update={"threads": 2})}), tmp_path, die_after=3)
     assert "threads was 1, is 2" in caplog.text and "not bitwise" in caplog.text
 
 

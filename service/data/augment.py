@@ -110,9 +110,9 @@ def random_view(
         return make(images, of)
     last = not _recoloured(config) and images.is_contiguous(memory_format=torch.channels_last)
     views = _empty_views(len(images), size, last)
-    for part in torch.arange(len(images)).split(max(1, _CACHED // size**2)):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        views[rows] = make(images[rows], _Parameters(*(each[rows] for each in of)))
+    together = max(1, _CACHED // size**2)
+    for out, part, *of_part in zip(*(each.split(together) for each in (views, images, *of)), strict=True):
+        out.copy_(make(part, _Parameters(*of_part)))
     return views
 
 
@@ -208,11 +208,9 @@ def _recoloured(config: Augment) -> bool:
 
 def _view(images: Tensor, of: _Parameters, *, config: Augment, size: int, resampled: bool) -> Tensor:
     """Make the views that `of` describes; those that are not resampled are flipped at most."""
+    images = images.contiguous() if _recoloured(config) else images  # colours are mixed plane by plane
     x = resample(images.float(), of.theta, size) if resampled else _change(_flip, images, of.flipped).float()
-    if _recoloured(config):
-        x = _recolour(x.contiguous(), of.matrix, of.contrast, config)
-    else:
-        x = _normalise_bytes(x)
+    x = _recolour(x, of.matrix, of.contrast, config) if _recoloured(config) else _normalise_bytes(x)
     if config.blur > 0:
         x = _change(_blur, x, of.blurred, of.sigma)
     if config.solarize > 0:
@@ -281,12 +279,19 @@ def _recolour(x: Tensor, matrix: Tensor, contrast: Tensor, config: Augment) -> T
 
 
 def _normalise_bytes(x: Tensor) -> Tensor:
-    """Normalise images in [0, 255]; a row's factors are spelled out, which lets the CPU run along it in any format."""
-    constants = _constants(x.device)
-    scale, shift = 1 / (255 * constants.std), -constants.mean / constants.std
-    last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    factor, summand = (each.expand(1, 3, 1, x.shape[-1]).contiguous(memory_format=last) for each in (scale, shift))
-    return x.mul_(factor).add_(summand)
+    """Normalise images in [0, 255] in place."""
+    scale, shift = _row_factors(x.device, x.shape[-1], x.is_contiguous(memory_format=torch.channels_last))
+    return x.mul_(scale).add_(shift)
+
+
+@cache
+def _row_factors(device: torch.device, width: int, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Scale and shift (1, 3, 1, W) that normalise bytes, laid out like a row of the image: so a CPU runs along it."""
+    constants = _constants(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    factors = 1 / (255 * constants.std), -constants.mean / constants.std
+    scale, shift = (each.expand(1, 3, 1, width).contiguous(memory_format=layout) for each in factors)
+    return scale, shift
 
 
 def _flip(x: Tensor) -> Tensor:

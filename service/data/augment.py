@@ -104,23 +104,15 @@ def random_view(
         Normalised float32, (B, 3, S, S).
     """
     drawn = uniform(key(seed, epoch, view), ids_B, sum(_DRAWS))
-    crop, turn, colour, effects = drawn.split(_DRAWS, 1)
-    height, width = images.shape[-2:]
-    sides = [torch.full_like(crop[:, 0], side) for side in (height, width)]
-    origin = torch.zeros_like(crop[:, 0])
-    box = (origin, origin, *sides) if cropped else _crop_boxes(crop, config, *sides)
-    turns = _turns(turn, config)
-    of = _Parameters(
-        affine(*box, *turns, height, width), turns[0] < 0, *_colours(colour, config), *_effects(effects, config)
-    )
+    of = _draw(drawn, config, *images.shape[-2:], cropped)
     make = partial(_view, config=config, size=size, resampled=not cropped or config.rotate > 0 or config.shear > 0)
     if images.device.type != "cpu":
         return make(images, of)
-    # NumPy asks the kernel for huge pages; first touching torch's small ones would cost more than the whole view.
-    views = torch.from_numpy(np.empty((len(images), 3, size, size), np.float32))
-    for part in torch.arange(len(images)).split(max(1, _CACHED // size**2)):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        views[rows] = make(images[rows], _Parameters(*(each[rows] for each in of)))
+    last = not _recoloured(config) and images.is_contiguous(memory_format=torch.channels_last)
+    views = _empty_views(len(images), size, last)
+    together = max(1, _CACHED // size**2)
+    for out, part, *of_part in zip(*(each.split(together) for each in (views, images, *of)), strict=True):
+        out.copy_(make(part, _Parameters(*of_part)))
     return views
 
 
@@ -192,11 +184,33 @@ def _effects(u: Tensor, config: Augment) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, 0] < config.blur, _between(u[:, 1], config.blur_sigma), solarize < config.solarize
 
 
+def _draw(drawn: Tensor, config: Augment, height: int, width: int, cropped: bool) -> _Parameters:
+    crop, turn, colour, effects = drawn.split(_DRAWS, 1)
+    sides = [torch.full_like(crop[:, 0], side) for side in (height, width)]
+    origin = torch.zeros_like(crop[:, 0])
+    box = (origin, origin, *sides) if cropped else _crop_boxes(crop, config, *sides)
+    turns = _turns(turn, config)
+    theta = affine(*box, *turns, height, width)
+    return _Parameters(theta, turns[0] < 0, *_colours(colour, config), *_effects(effects, config))
+
+
+def _empty_views(count: int, size: int, channels_last: bool) -> Tensor:
+    """Make (count, 3, size, size) by NumPy, which asks for huge pages: touching small ones costs as much as a view."""
+    memory = torch.from_numpy(np.empty(count * 3 * size**2, np.float32))
+    if channels_last:
+        return memory.view(count, size, size, 3).permute(0, 3, 1, 2)
+    return memory.view(count, 3, size, size)
+
+
+def _recoloured(config: Augment) -> bool:
+    return config.jitter > 0 or config.grey > 0
+
+
 def _view(images: Tensor, of: _Parameters, *, config: Augment, size: int, resampled: bool) -> Tensor:
     """Make the views that `of` describes; those that are not resampled are flipped at most."""
-    x = images.to(torch.float32, memory_format=torch.contiguous_format)
-    x = resample(x, of.theta, size) if resampled else _change(_flip, x, of.flipped)
-    x = _recolour(x, of.matrix, of.contrast, config)
+    images = images.contiguous() if _recoloured(config) else images  # colours are mixed plane by plane
+    x = resample(images.float(), of.theta, size) if resampled else _change(_flip, images, of.flipped).float()
+    x = _recolour(x, of.matrix, of.contrast, config) if _recoloured(config) else _normalise_bytes(x)
     if config.blur > 0:
         x = _change(_blur, x, of.blurred, of.sigma)
     if config.solarize > 0:
@@ -209,7 +223,9 @@ def _change(how: Callable[..., Tensor], x: Tensor, chosen: Tensor, *parameters: 
     if x.device.type != "cpu":
         return torch.where(chosen.view(-1, 1, 1, 1), how(x, *parameters), x)
     rows = chosen.nonzero()[:, 0]
-    return x.index_copy_(0, rows, how(x[rows], *(each[rows] for each in parameters))) if len(rows) else x
+    if len(rows) in (0, len(x)):
+        return how(x, *parameters) if len(rows) else x
+    return x.index_copy(0, rows, how(x[rows], *(each[rows] for each in parameters)))
 
 
 def affine(
@@ -260,6 +276,22 @@ def _recolour(x: Tensor, matrix: Tensor, contrast: Tensor, config: Augment) -> T
         for channel, m, s in zip(x.unbind(1), MEAN, STD, strict=True):
             channel.clamp_(-m / s, (1 - m) / s)  # of [0, 1]
     return x
+
+
+def _normalise_bytes(x: Tensor) -> Tensor:
+    """Normalise images in [0, 255] in place."""
+    scale, shift = _row_factors(x.device, x.shape[-1], x.is_contiguous(memory_format=torch.channels_last))
+    return x.mul_(scale).add_(shift)
+
+
+@cache
+def _row_factors(device: torch.device, width: int, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Scale and shift (1, 3, 1, W) that normalise bytes, laid out like a row of the image: so a CPU runs along it."""
+    constants = _constants(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    factors = 1 / (255 * constants.std), -constants.mean / constants.std
+    scale, shift = (each.expand(1, 3, 1, width).contiguous(memory_format=layout) for each in factors)
+    return scale, shift
 
 
 def _flip(x: Tensor) -> Tensor:

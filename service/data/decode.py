@@ -7,8 +7,6 @@ pixels is refused before memory is spent on it.
 from __future__ import annotations
 
 import io
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -30,8 +28,6 @@ DECODER = f"1-{'pillow' if simplejpeg is None else 'turbo'}"  # part of caches' 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # what shards hold; some of Pillow's other readers run programs
 _SCALES = (8, 4, 2)  # at which libjpeg-turbo's inverse DCT is quicker than the full one; 7/8 … 5/8 are slower
 _SPARE = 1.5  # pixels that a scaled crop keeps for one of its view: what is left to resize smooths as Pillow does
-_LARGEST_KEPT = 1 << 24  # bytes of a thread's buffer that outlive an image
-_thread = threading.local()
 
 Pixels = NDArray[np.uint8]
 
@@ -51,7 +47,7 @@ def image_size(data: bytes | memoryview) -> tuple[int, int]:
 
 def decode_rgb(data: bytes | memoryview) -> Pixels:
     """Decode to RGB, (H, W, 3); raises ValueError for anything that is not a whole image."""
-    return _decode(data, image_size(data), 1, lambda size: None)
+    return _decode(data, image_size(data), 1)
 
 
 def decode_crops(data: bytes | memoryview, boxes_V4: NDArray[np.int64], size: int) -> Pixels:
@@ -72,7 +68,7 @@ def decode_crops(data: bytes | memoryview, boxes_V4: NDArray[np.int64], size: in
     shape = image_size(data)
     shortest = int(boxes_V4[:, 2:].min())
     scale = next((s for s in _SCALES if shortest >= _SPARE * s * size), 1)
-    pixels = _decode(data, shape, scale, _kept)
+    pixels = _decode(data, shape, scale)
     if pixels.shape[:2] == shape:
         scale = 1
     crops = np.empty((len(boxes_V4), size, size, 3), np.uint8)
@@ -93,10 +89,10 @@ def fit(pixels: Pixels, side: int) -> Pixels:
 
 
 def resize(pixels: Pixels, side: int) -> Pixels:
-    """Resize (H, W, 3) to (side, side, 3), bilinearly, antialiased: Pillow's result within 1, a third of its time."""
+    """Resize (H, W, 3) to (side, side, 3), bilinearly, antialiased: Pillow's result within 1, in less time."""
     if pixels.shape[:2] == (side, side):
         return pixels
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order torch takes its quicker kernel
     resized = F.interpolate(image, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -129,33 +125,17 @@ def _open(data: bytes | memoryview) -> Image.Image:
         raise ValueError(str(error)) from error
 
 
-def _decode(
-    data: bytes | memoryview, shape: tuple[int, int], scale: int, buffer: Callable[[int], Pixels | None]
-) -> Pixels:
+def _decode(data: bytes | memoryview, shape: tuple[int, int], scale: int) -> Pixels:
     """Decode to RGB at 1/`scale` of its `shape` if it is a JPEG that libjpeg-turbo reads, else at its full size."""
     if _is_jpeg(data):
         height, width = (-(-side // scale) for side in shape)
         with suppress(ValueError):  # CMYK and slightly damaged files, which Pillow reads
-            return simplejpeg.decode_jpeg(
-                data, colorspace="RGB", min_height=height, min_width=width, buffer=buffer(3 * height * width)
-            )
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
     with _open(data) as image:
         try:
             return np.array(image.convert("RGB"))
         except (OSError, SyntaxError) as error:
             raise ValueError(str(error)) from error
-
-
-def _kept(size: int) -> Pixels | None:
-    """Memory of `size` bytes that the calling thread uses for one image after another; None for large images.
-
-    Fresh memory for each image costs a seventh of the decoding in page faults.
-    """
-    if size > _LARGEST_KEPT:
-        return None
-    if getattr(_thread, "buffer", None) is None or len(_thread.buffer) < size:
-        _thread.buffer = np.empty(size, np.uint8)
-    return _thread.buffer
 
 
 def _scaled(boxes_V4: NDArray[np.int64], scale: int) -> NDArray[np.int64]:

@@ -50,7 +50,8 @@ def pillow_crops(data, boxes, size):
 
 
 @pytest.mark.parametrize(
-    "scale, at_least, size, mean, worst", [(1, 0.5, 224, 0.1, 1), (2, 1.5, 64, 1.1, 32), (4, 1.5, 40, 1.2, 32)]
+    "scale, at_least, size, mean, worst",
+    [(1, 0.5, 224, 0.1, 1), (2, 1.5, 64, 1.1, 32), (4, 1.5, 40, 1.2, 32), (8, 1.5, 20, 1.4, 32)],
 )
 def test_crops_equal_pillows_antialiased_ones(photos, scale, at_least, size, mean, worst):
     rng = np.random.default_rng(scale)

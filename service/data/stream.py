@@ -113,16 +113,18 @@ class ShardQueue:
     Only the thread that iterates may call it.
     """
 
-    def __init__(self, shards: Sequence[tuple[DataSplit, Shard]], cache: ShardCache, most: int) -> None:
-        self._shards, self._cache, self._most = shards, cache, most
+    def __init__(
+        self, shards: Sequence[tuple[DataSplit, Shard]], cache: ShardCache, most: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self._shards, self._cache, self._most, self._pool = shards, cache, most, pool
         self._opened: OrderedDict[int, Future[OpenShard]] = OrderedDict()
 
-    def request(self, numbers: Collection[int], pool: ThreadPoolExecutor) -> None:
+    def request(self, numbers: Collection[int]) -> None:
         """Start to fetch what is not open; none of `numbers` is let go for another of them."""
         for number in numbers:
             if number not in self._opened:
                 split, shard = self._shards[number]
-                self._opened[number] = pool.submit(split.open_shard, shard, self._cache.fetch)
+                self._opened[number] = self._pool.submit(split.open_shard, shard, self._cache.fetch)
             self._opened.move_to_end(number)
         while len(self._opened) > max(self._most, len(numbers)):
             self._opened.popitem(last=False)[1].cancel()
@@ -135,6 +137,11 @@ class ShardQueue:
         """Wait for a requested shard; raises what went wrong in fetching it."""
         self._opened.move_to_end(number)
         return self._opened[number].result()
+
+    def cancel(self) -> None:
+        """Take back all requests that have not begun."""
+        for future in self._opened.values():
+            future.cancel()
 
     def unfinished(self) -> int:
         """Number of shards that are still to come."""
@@ -170,6 +177,8 @@ class StreamBatches:
         self.shards, self.plan, self.decoder, self.cache, self.device = shards, plan, decoder, cache, device
         self.workers, self.prefetch = workers, prefetch
         self.budget = ErrorBudget(max_bad)
+        # One set of threads for all passes: the allocator keeps memory for every thread that it has ever served.
+        self.fetching, self.decoding = ThreadPoolExecutor(prefetch), decoding_threads(workers)
 
     def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, ids (B,)) of global steps `start` … `stop − 1` on the device.
@@ -218,13 +227,15 @@ class _Steps:
         self._stop = steps.stop
         self._ids: dict[int, Ids] = {}  # of the steps between
         most = reader.plan.most_open(np.ones(len(reader.shards), np.int64), world)
-        self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch)
-        self._fetching, self._decoding = ThreadPoolExecutor(reader.prefetch), decoding_threads(reader.workers)
+        self._queue = ShardQueue(reader.shards, reader.cache, most + reader.prefetch, reader.fetching)
+        self._ahead: deque[_Batch] = deque()
 
     def close(self) -> None:
-        """End the threads; what they are at is finished first."""
-        for pool in (self._decoding, self._fetching):
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Take back what the threads have not begun; what they are at is finished first."""
+        for batch in self._ahead:
+            for part in batch.parts:
+                part.cancel()
+        self._queue.cancel()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         ahead: deque[_Batch] = deque()
@@ -235,7 +246,7 @@ class _Steps:
                 needed = np.unique(numbers).tolist()
                 if ahead and not self._queue.are_open(needed):
                     break  # what is decoded already need not wait for the network
-                self._queue.request(needed, self._fetching)
+                self._queue.request(needed)
                 opened = {number: self._queue.get(number) for number in needed}
                 places = [(opened[n], row) for n, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
                 ahead.append(self._start(places))
@@ -248,7 +259,7 @@ class _Steps:
             if step > self._next and self._queue.unfinished() >= 2 * self._reader.prefetch:
                 return
             ids = self._ids[step] = self._plan.batch(step, *self._place)
-            self._queue.request(np.unique(self._plan.locate(ids)[0]).tolist(), self._fetching)
+            self._queue.request(np.unique(self._plan.locate(ids)[0]).tolist())
             self._looked = step + 1
 
     def _start(self, places: Sequence[tuple[OpenShard, int]]) -> _Batch:
@@ -256,10 +267,10 @@ class _Steps:
         reader, ids = self._reader, self._ids.pop(self._next)
         epoch = self._next // self._plan.steps_per_epoch
         self._next += 1
-        images = torch.empty(reader.decoder.shape(len(ids)), dtype=torch.uint8, pin_memory=reader.device.type == "cuda")
+        images = _room(reader.decoder.shape(len(ids)), pinned=reader.device.type == "cuda")
         size = min(_PART, -(-len(ids) // reader.workers))
         parts = [
-            self._decoding.submit(
+            reader.decoding.submit(
                 reader.part, images.numpy()[..., i : i + size, :, :, :], ids[i : i + size], places[i : i + size], epoch
             )
             for i in range(0, len(ids), size)
@@ -272,6 +283,13 @@ class _Steps:
             budget.spend(batch.epoch, part.result())
         images = batch.images.movedim(-1, -3)
         return images.to(device, non_blocking=True), torch.from_numpy(batch.ids).to(device, non_blocking=True)
+
+
+def _room(shape: tuple[int, ...], *, pinned: bool) -> Tensor:
+    """Uninitialised bytes; numpy asks the system for huge pages, torch for memory that a GPU can fetch from."""
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import time
 import tracemalloc
 
 import psutil
-from service.data.dataset import ShardDataset
 
+from service.data.dataset import ShardDataset
 from service.data.plan import SamplePlan
 from tests.bench._contestants import say, shards
 from tests.bench._report import close
@@ -48,7 +48,7 @@ def plan():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=2400)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=16)
     options = parser.parse_args()
     seconds, megabytes = plan()
     series = read(shards(SOURCE, options.samples, 4), options.epochs)

@@ -9,10 +9,9 @@ import clock
 import torch
 
 sys.path.insert(0, os.getcwd())
-from service.data.dataset import ShardDataset
-
 from service.config import Augment
 from service.data.augment import random_view
+from service.data.dataset import ShardDataset
 
 FLIP_ONLY = Augment(crop_scale=(0.2, 1.0), flip=0.5, jitter=0.0, grey=0.0, solarize=0.0)
 

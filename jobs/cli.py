@@ -374,6 +374,32 @@ def recipes(as_json: bool) -> None:
         click.echo(f"{name:<14} {text}")
 
 
+@cli.command(
+    epilog="\b\nExamples:\n  tessera masks ijepa-cpu --out masks.png\n"
+    "  tessera masks ijepa-cpu family.masking.kind=guide"
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("masks.png"), show_default=True)
+@as_json
+def masks(recipe: str, overrides: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Draw the masks of RECIPE and how often each patch is context and target."""
+    from jobs import recipes as shipped
+    from service.plots import mask_sheet
+
+    config = shipped.load(recipe, overrides)
+    masking = getattr(config.family, "masking", None)
+    if masking is None:
+        raise UserError(f"family.kind={config.family.kind} draws no masks: choose a recipe such as ijepa-cpu")
+    grid = config.mask_grid
+    built = masking.build(grid)
+    mask_sheet(built, grid, config.seed).save(out)
+    if as_json:
+        emit({"out": str(out), "grid": grid, "context_tokens": built.context_tokens})
+    else:
+        click.echo(f"{out}: {grid[0]}×{grid[1]} patches, context {built.context_tokens}")
+
+
 @cli.group()
 def config() -> None:
     """Show configs and their schema."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from service import masks
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -161,11 +163,17 @@ class ResNet(Frozen):
 
 
 class ViT(Frozen):
-    """Vision transformer (Dosovitskiy et al. 2020) as built by timm, mean-pooled over its patches."""
+    """Vision transformer (Dosovitskiy et al. 2020) with timm's parameters, mean-pooled over its patches."""
 
     kind: Literal["vit"] = "vit"
-    size: Literal["tiny", "small"] = "tiny"
+    size: Literal["tiny", "small", "base", "large", "huge"] = "tiny"
     patch_size: Count = 4
+    depth: Count | None = Field(None, description="blocks; none takes those of the size")
+    positions: Literal["learned", "sincos", "rope"] = "learned"
+    layer_scale: Positive | None = Field(None, description="first value of LayerScale, such as 1e-5")
+    drop_path: Fraction = Field(0.0, description="stochastic depth of the last block; earlier ones drop less")
+    attention: Literal["auto", "fused", "plain"] = Field("auto", description="auto takes the faster one on the device")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
 
 
 Encoder = Annotated[ResNet | ViT, Field(discriminator="kind")]
@@ -200,6 +208,137 @@ class ImageVicreg(Frozen):
     encoder: Encoder = ResNet()  # pyright: ignore[reportCallIssue]
     projector: Projector = Projector()  # pyright: ignore[reportCallIssue]
     loss: VicregLoss
+
+
+class TargetBlocks(Frozen):
+    """Rectangles of patches: how many, their area as a share of the grid, height ÷ width."""
+
+    count: Count
+    scale: Range
+    aspect: Range = (1.0, 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetBlocks:
+        for name in ("scale", "aspect"):
+            _ordered(getattr(self, name), name)
+            if getattr(self, name)[0] <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale={self.scale} must stay ≤ 1: a block cannot exceed its grid")
+        return self
+
+    def build(self) -> masks.Blocks:
+        """As the mask functions take it."""
+        return masks.Blocks(self.count, self.scale, self.aspect)
+
+
+def _blocks(count: int, scale: Range, aspect: Range = (1.0, 1.0)) -> TargetBlocks:
+    return TargetBlocks(count=count, scale=scale, aspect=aspect)
+
+
+class PaperMasking(Frozen):
+    """One large context block minus four target blocks (Assran et al. 2023), without the published code's biases."""
+
+    kind: Literal["paper"] = "paper"
+    contexts: TargetBlocks = _blocks(1, (0.85, 1.0))
+    targets: TargetBlocks = _blocks(4, (0.15, 0.2), (0.75, 1.5))
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when it leaves no context."""
+        return masks.Multiblock(grid, self.contexts.build(), self.targets.build())
+
+
+class GuideMasking(Frozen):
+    """The union of four context blocks, and two target blocks that never overlap it."""
+
+    kind: Literal["guide"] = "guide"
+    contexts: TargetBlocks = _blocks(4, (0.15, 0.2), (0.75, 1.5))
+    targets: TargetBlocks = _blocks(2, (0.1, 0.15), (0.75, 1.5))
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when it leaves no context."""
+        return masks.Multiblock(grid, self.contexts.build(), self.targets.build())
+
+
+class BlockMasking(Frozen):
+    """One target block; the context is everything else."""
+
+    kind: Literal["block"] = "block"
+    targets: TargetBlocks = _blocks(1, (0.3, 0.5), (0.75, 1.5))
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when it leaves no context."""
+        return masks.Multiblock(grid, masks.Blocks(1, (1.0, 1.0)), self.targets.build())
+
+
+class RandomMasking(Frozen):
+    """Patches chosen one by one."""
+
+    kind: Literal["random"] = "random"
+    ratio: Fraction = Field(0.6, description="share of the patches that are the target")
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when it leaves no context."""
+        return masks.Random(grid, self.ratio)
+
+
+class ReferenceMasking(Frozen):
+    """The published I-JEPA collator's algorithm with its biases, for comparison."""
+
+    kind: Literal["reference"] = "reference"
+    contexts: TargetBlocks = _blocks(1, (0.85, 1.0))
+    targets: TargetBlocks = _blocks(4, (0.15, 0.2), (0.75, 1.5))
+    min_keep: Count = Field(10, description="a context has more patches than this")
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when the published code would never find a place."""
+        return masks.Reference(grid, self.contexts.build(), self.targets.build(), self.min_keep)
+
+
+Masking = Annotated[
+    PaperMasking | GuideMasking | BlockMasking | RandomMasking | ReferenceMasking, Field(discriminator="kind")
+]
+
+
+class Momentum(Frozen):
+    """How the target encoder follows: w̄ ← τ·w̄ + (1 − τ)·w, τ from `start` to `end` over the run."""
+
+    start: Fraction = 0.996
+    end: Fraction = 1.0
+    schedule: Literal["linear", "cosine"] = "linear"
+
+
+class PredictorViT(Frozen):
+    """Narrow ViT from context tokens to target tokens."""
+
+    width: Annotated[int, Field(ge=4)] = 384
+    depth: Count = 6
+    heads: Count = 12
+
+    @model_validator(mode="after")
+    def _check(self) -> PredictorViT:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"width={self.width} must be divisible by 4 × heads={self.heads}: use width="
+                f"{max(1, round(self.width / (4 * self.heads))) * 4 * self.heads} or other heads"
+            )
+        return self
+
+
+class IJepa(Frozen):
+    """Prediction of the representations of hidden blocks (Assran et al. 2023)."""
+
+    kind: Literal["ijepa"] = "ijepa"
+    encoder: ViT = ViT(positions="sincos")  # pyright: ignore[reportCallIssue]
+    predictor: PredictorViT = PredictorViT()
+    masking: Masking = PaperMasking()
+    momentum: Momentum = Momentum()
+    loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
+    normalise_targets: bool = Field(True, description="layer-normalise the target encoder's tokens, without affine")
+    eval_encoder: Literal["target", "context"] = Field("target", description="the one evaluated, exported and served")
+
+
+Family = Annotated[ImageVicreg | IJepa, Field(discriminator="kind")]
 
 
 class Lars(Frozen):
@@ -312,7 +451,7 @@ class RunConfig(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     repeat: Annotated[int, Field(ge=0)] = Field(0, description="number of a repetition; changes the run's name alone")
     data: Data
-    family: ImageVicreg
+    family: Family
     optim: Optim = Lars()  # pyright: ignore[reportCallIssue]
     schedule: Schedule = Schedule()  # pyright: ignore[reportCallIssue]
     compute: Compute = Compute()  # pyright: ignore[reportCallIssue]
@@ -341,17 +480,29 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"family.encoder.patch_size={encoder.patch_size} does not divide data.image_size={self.data.image_size}"
             )
-        if isinstance(encoder, ViT) and self.data.eval_image_size != self.data.image_size:
+        if isinstance(encoder, ViT) and self.data.eval_image_size % encoder.patch_size:
             raise ValueError(
-                f"data.eval_image_size={self.data.eval_image_size} differs from "
-                f"data.image_size={self.data.image_size}, and a ViT's positions belong to one size: leave it out"
+                f"family.encoder.patch_size={encoder.patch_size} does not divide "
+                f"data.eval_image_size={self.data.eval_image_size}"
             )
+        if isinstance(self.family, IJepa):
+            try:
+                self.family.masking.build(self.mask_grid)
+            except ValueError as error:
+                raise ValueError(f"family.masking.{error}") from None
         if self.schedule.min_lr > self.optim.lr or self.schedule.start_lr > self.optim.lr:
             raise ValueError(
                 f"schedule.start_lr={self.schedule.start_lr} and schedule.min_lr={self.schedule.min_lr} "
                 f"must not exceed optim.lr={self.optim.lr}: raise optim.lr or lower them"
             )
         return self
+
+    @property
+    def mask_grid(self) -> tuple[int, int]:
+        """Patches of a view that a masking family divides into context and targets, (rows, columns)."""
+        assert isinstance(self.family.encoder, ViT)
+        side = self.data.image_size // self.family.encoder.patch_size
+        return side, side
 
     def plain(self) -> dict[str, Any]:
         """Return the whole tree as JSON-ready plain values, every default written out."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from service.collectives import all_gather_rows, all_reduce_sum, world_size
@@ -61,3 +62,12 @@ def variance_covariance(
     off_diagonal = gram.square().sum() / (samples - 1) ** 2 - variance_D.square().sum()
     hinge = torch.relu(gamma - torch.sqrt(variance_D + VARIANCE_EPS)).mean()
     return hinge, off_diagonal / (dim if cov_norm == "paper" else dim * (dim - 1))
+
+
+def prediction_loss(predicted: Tensor, wanted: Tensor, kind: Literal["smooth_l1", "mse", "cosine"]) -> Tensor:
+    """Mean distance of predicted tokens (…, D) to wanted ones: smooth-L1 with β = 1, squared, or 1 − cosine."""
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(predicted, wanted)
+    if kind == "mse":
+        return F.mse_loss(predicted, wanted)
+    return 1 - F.cosine_similarity(predicted, wanted, dim=-1).mean()

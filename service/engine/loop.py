@@ -22,6 +22,7 @@ from service.collectives import mean_over_ranks, world_size
 from service.config import RunConfig, parse_interval
 from service.data.augment import random_view
 from service.data.batches import open_batches
+from service.data.draws import hash_torch, key
 from service.data.resident import ResidentBatches
 from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
@@ -33,12 +34,13 @@ from service.engine.worker import Worker, distribute, place, share_buffers, star
 from service.evaluate.protocol import Protocol
 from service.export import CONFIG, PREPROCESSING, WEIGHTS, describe_preprocessing
 from service.families import build_family
-from service.families.base import Family, Losses
+from service.families.base import Batch, Family, Losses
 from service.optim import build_optimizer, set_lr, warmup_cosine
 
 log = logging.getLogger(__name__)
 Row = dict[str, float]
 RowSink = Callable[[int, Row], None]
+_KEYS = 1  # stream of the random keys that samples get at each step
 
 
 class TrainingFailed(RuntimeError):
@@ -128,15 +130,15 @@ class Trainer:
             ids: of the samples, (B,).
         """
         set_lr(self.optimizer, self.lr(step))
-        views = self._views(images, ids, step // self.length.steps_per_epoch)
+        batch = self._batch(images, ids, step)
         with self.worker.autocast(self.config.compute.precision):
-            losses = self.module(views)
+            losses = self.module(batch)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
-        self.family.after_step(step)
+        self.family.after_step((step + 1) / self.length.total)
         if self.averaged is not None:
             self.averaged.update(self.family.encoder)
         return losses
@@ -152,6 +154,16 @@ class Trainer:
             start_lr=schedule.start_lr,
             min_lr=schedule.min_lr,
         )
+
+    def _batch(self, images: Tensor, ids: Tensor, step: int) -> Batch:
+        """What the family takes: views, keys and masks of this rank's slice of the global batch."""
+        seed, size, rank = self.config.seed, len(ids), self.worker.rank
+        start, stop = rank * size, (rank + 1) * size
+        views = self._views(images, ids, step // self.length.steps_per_epoch)
+        keys = hash_torch(key(seed, step, _KEYS), torch.arange(start, stop, device=views.device))
+        masks = self.family.draw_masks(seed, step, start, stop, step / self.length.total)
+        drawn = () if masks is None else (torch.from_numpy(part).to(views.device) for part in masks)
+        return Batch(views, keys, *drawn)
 
     def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """Augmented views, (V, B, 3, S, S), in the run's number and memory format."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from service.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,32 @@ class Losses:
     terms: dict[str, Tensor]
 
 
+class Batch(NamedTuple):
+    """This rank's slice of the global batch.
+
+    `views` (V, B, 3, S, S) are normalised; `keys` (B,) int64 are random numbers of each sample at this step; `context`
+    (B, K) and `targets` (B, M, T) are the patches of the family's masks, none where it draws none.
+    """
+
+    views: Tensor
+    keys: Tensor
+    context: Tensor | None = None
+    targets: Tensor | None = None
+
+
 class Family(nn.Module):
     """One method: module and loss together, so that DDP or FSDP wraps one thing."""
 
     encoder: nn.Module  # what is evaluated, exported and served: (B, 3, H, W) → (B, dim)
     views: int  # augmented views that `forward` takes of each image
 
-    def forward(self, views_VBCHW: Tensor) -> Losses:
-        """Compute the losses of this rank's slice of the global batch, views (V, B, 3, S, S)."""
+    def forward(self, batch: Batch) -> Losses:
+        """Compute the losses of this rank's slice of the global batch."""
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
-        """Update what gradients do not (momentum encoders, schedules); called after a taken optimiser step only."""
+    def draw_masks(self, seed: int, step: int, start: int, stop: int, progress: float) -> Masks | None:
+        """Masks of positions `start` … `stop − 1` of the global batch of a step, `progress` through the run."""
+        return None
+
+    def after_step(self, progress: float) -> None:
+        """Update what gradients do not, `progress` in (0, 1] through the run; after a taken optimiser step only."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from service.config import ImageVicreg
-from service.families.base import Family, Losses
+from service.families.base import Batch, Family, Losses
 from service.losses import vicreg_terms
 from service.models.encoder import build_encoder
 from service.models.projector import projector
@@ -24,9 +23,9 @@ class ImageVicregFamily(Family):
         head = config.projector
         self.projector = projector(self.encoder.dim, head.hidden, head.output, head.layers, head.norm)
 
-    def forward(self, views_VBCHW: Tensor) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         """Embed (2, B, 3, S, S); both views pass as one batch, so batch norm sees them together."""
-        represented = self.encoder(views_VBCHW.flatten(0, 1))
+        represented = self.encoder(batch.views.flatten(0, 1))
         z1, z2 = self.projector(represented).chunk(2)
         loss = self.loss
         terms = vicreg_terms(z1, z2, gamma=loss.gamma, cov_norm=loss.cov_norm)

@@ -4,44 +4,40 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from service.families import build_family
 from service.models.batchnorm import GlobalBatchNorm, synchronise
-from tests.configs import tiny
+from tests.families import family_config, make_family, part_of, random_batch
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
 BATCH = 16
 
 
-def family_and_views(output, kind, dtype):
-    encoder = {"family__encoder__kind": kind} if kind == "vit" else {}
-    config = tiny(family__projector__output=output, **encoder)
-    torch.manual_seed(0)
-    family = build_family(config).to(dtype)
-    views = torch.randn(2, BATCH, 3, 16, 16, dtype=dtype)
-    return family, views
+def family_and_batch(kind, changes, dtype):
+    config = family_config(kind, *changes)
+    family = make_family(config, dtype)
+    return family, random_batch(family, config, BATCH, dtype)
 
 
-def losses_and_gradients(module, views):
-    losses = module(views)
+def losses_and_gradients(module, batch):
+    losses = module(batch)
     losses.total.backward()
-    gradients = {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+    gradients = {name.removeprefix("module."): p.grad for name, p in module.named_parameters() if p.requires_grad}
     return losses.total.detach(), losses.terms, gradients
 
 
-def on_this_rank(output, kind, dtype):
+def on_this_rank(kind, changes, dtype):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    family, views = family_and_views(output, kind, dtype)
+    family, batch = family_and_batch(kind, changes, dtype)
     module = DistributedDataParallel(synchronise(family, cuda=False))
-    return losses_and_gradients(module, views.chunk(world, dim=1)[rank])
+    return losses_and_gradients(module, part_of(batch, rank, world))
 
 
-def check(world, output, kind, dtype, tolerance):
-    total, terms, gradients = losses_and_gradients(*family_and_views(output, kind, dtype))
-    ranks = on_ranks(world, on_this_rank, output, kind, dtype)
+def check(world, kind, changes, dtype, tolerance, shared=()):
+    total, terms, gradients = losses_and_gradients(*family_and_batch(kind, changes, dtype))
+    ranks = on_ranks(world, on_this_rank, kind, changes, dtype)
     mean = torch.stack([r[0] for r in ranks]).mean()
     torch.testing.assert_close(mean, total, rtol=tolerance, atol=0)
-    for name in ("std", "cov"):
+    for name in shared:
         for rank in ranks:
             torch.testing.assert_close(rank[1][name], terms[name], rtol=tolerance, atol=0)
     scale = torch.stack([g.norm() for g in gradients.values()]).max()
@@ -52,18 +48,52 @@ def check(world, output, kind, dtype, tolerance):
     assert scale > 0
 
 
+def resnet(output):
+    return [f"family.projector.output={output}"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("output", [8, 32], ids=["moments", "gathered"])
 def test_resnet_with_global_batch_norm(world, output):
-    check(world, output, "resnet", torch.float64, 1e-9)
+    check(world, "image_vicreg", resnet(output), torch.float64, 1e-9, shared=("std", "cov"))
 
 
 def test_vit():
-    check(2, 32, "vit", torch.float64, 1e-9)
+    check(2, "image_vicreg", ["family.encoder.kind=vit"], torch.float64, 1e-9, shared=("std", "cov"))
 
 
-def test_fp32():
-    check(2, 32, "resnet", torch.float32, 1e-3)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ijepa(world):
+    check(world, "ijepa", ["family.encoder.drop_path=0.2"], torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["image_vicreg", "ijepa"])
+def test_fp32(kind):
+    check(2, kind, [], torch.float32, 1e-3)
+
+
+def steps_on_this_rank(changes, steps):
+    """Target encoder's weights after optimiser steps under DDP."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    config = family_config("ijepa", *changes)
+    family = make_family(config)
+    module = DistributedDataParallel(family)
+    optimizer = torch.optim.SGD([p for p in family.parameters() if p.requires_grad], 0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses_and_gradients(module, part_of(random_batch(family, config, BATCH, step=step), rank, world))
+        optimizer.step()
+        family.after_step((step + 1) / steps)
+    return family.target_encoder.state_dict()
+
+
+def test_the_target_encoder_moves_under_ddp_alike_on_all_ranks():
+    changes = ["family.momentum.start=0.5", "family.momentum.end=0.9"]
+    start = make_family(family_config("ijepa", *changes)).target_encoder.state_dict()
+    first, second = on_ranks(2, steps_on_this_rank, changes, 2)
+    moved = [name for name in start if not torch.equal(start[name], first[name])]
+    assert len(moved) == 40 and "blocks.0.attn.qkv.weight" in moved
+    assert all(torch.equal(first[name], second[name]) for name in start)
 
 
 def normalise_part(x, training):

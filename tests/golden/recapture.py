@@ -15,6 +15,7 @@ from jobs.shard import shard
 from service.data.store import Store
 from service.engine.loop import Run, train
 from tests.configs import tiny
+from tests.families import family_config
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 20
@@ -27,6 +28,8 @@ SETTINGS = {
         "data__batch_size": 16,
     },
 }
+IJEPA = ["data.image_size=16", "family.encoder.patch_size=2", "data.batch_size=16", "family.encoder.drop_path=0.1"]
+NAMES = [*SETTINGS, "ijepa"]
 
 
 class Enough(Exception):  # noqa: N818
@@ -36,7 +39,11 @@ class Enough(Exception):  # noqa: N818
 def losses(name, digits):
     """Every step's loss of a named setting on the embedded digits, one thread."""
     threads = torch.get_num_threads()
-    config = tiny(digits, **SETTINGS[name], compute__precision="fp64", compute__threads=1, schedule__steps=STEPS)
+    exact = ["compute.precision=fp64", "compute.threads=1", f"schedule.steps={STEPS}"]
+    if name == "ijepa":
+        config = family_config("ijepa", f"data.uri={digits}", *IJEPA, *exact)
+    else:
+        config = tiny(digits, **SETTINGS[name], **dict(item.replace(".", "__").split("=") for item in exact))
     found = []
 
     def take(step, row):
@@ -55,7 +62,7 @@ def main():
         sys.exit("give the reason for new golden losses")
     with tempfile.TemporaryDirectory() as digits:
         shard("digits", digits)
-        found = {name: losses(name, digits) for name in SETTINGS}
+        found = {name: losses(name, digits) for name in NAMES}
     FILE.write_text(json.dumps({"reason": " ".join(sys.argv[1:]), "losses": found}, indent=1) + "\n")
 
 

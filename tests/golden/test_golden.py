@@ -6,7 +6,7 @@ import pytest
 from tests.golden import recapture
 
 
-@pytest.mark.parametrize("name", recapture.SETTINGS)
+@pytest.mark.parametrize("name", recapture.NAMES)
 def test_twenty_steps_give_the_pinned_losses(name, digits):
     pinned = json.loads(recapture.FILE.read_text())["losses"][name]
     assert len(pinned) == 20 and len(set(pinned)) == 20

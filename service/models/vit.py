@@ -1,0 +1,163 @@
+"""Vision transformers (Dosovitskiy et al. 2020): timm's parameters, so weights go into `timm.create_model` and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer as Timm
+from torch import Tensor, nn
+
+from service.models.blocks import Attention, rope_angles, run_blocks, sincos_positions, take
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+class VisionTransformer(Timm):
+    """ViT without class token: image → tokens, or their mean.
+
+    Args:
+        size: key of `SIZES`.
+        patch_size: side of a patch in pixels.
+        image_size: side of the training images; others work too, positions are scaled to them.
+        depth: blocks, if not those of the size.
+        positions: learned, fixed sine-cosine, or rotary in every attention.
+        layer_scale: first value of LayerScale (Touvron et al. 2021), none leaves it out.
+        drop_path: rate of the last block.
+        attention: see `run_blocks`.
+        checkpointing: see `run_blocks`.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        patch_size: int,
+        image_size: int,
+        depth: int | None = None,
+        positions: str = "learned",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        attention: Attention = "auto",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            num_classes=0,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            dynamic_img_size=True,
+            pos_embed="none" if positions == "rope" else "learn",
+            init_values=layer_scale,
+            **SIZES[size] | ({} if depth is None else {"depth": depth}),
+        )
+        self.dim, self.trained_grid = self.num_features, (image_size // patch_size,) * 2
+        self.options: dict[str, Any] = {"attention": attention, "checkpointing": checkpointing, "drop_path": drop_path}
+        if positions == "sincos":
+            self.pos_embed.requires_grad_(False).copy_(sincos_positions(self.trained_grid, self.dim)[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) to (B, D): the mean over all tokens."""
+        return self.tokens(x).mean(1)
+
+    def tokens(self, x: Tensor, keep_BK: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
+        """Encode images to normalised tokens.
+
+        Args:
+            x: images (B, 3, H, W).
+            keep_BK: raster numbers of the patches to encode; the others are dropped before the first block.
+            keys_B: random keys of the samples at this step, for drop path.
+
+        Returns:
+            (B, K, D), or (B, H·W / patch², D).
+        """
+        patches = self.patch_embed(x)
+        grid = patches.shape[1], patches.shape[2]
+        x = patches.flatten(1, 2)
+        if self.pos_embed is not None:
+            x = x + self._positions(grid)
+        angles = self._angles(grid, x.device)
+        if keep_BK is not None:
+            x = take(x, keep_BK)
+            angles = angles if angles is None else take(angles, keep_BK)
+        return self.norm(run_blocks(self.blocks, x, angles=angles, keys_B=keys_B, **self.options))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.trained_grid:
+            return self.pos_embed
+        return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.trained_grid), num_prefix_tokens=0)
+
+    def _angles(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if self.pos_embed is not None:
+            return None
+        head_dim = self.dim // self.blocks[0].attn.num_heads  # pyright: ignore
+        return rope_angles(grid, self.trained_grid, head_dim).to(device)[None]
+
+
+class Predictor(nn.Module):
+    """Narrow ViT that predicts target tokens from context tokens (Assran et al. 2023, section 3).
+
+    Args:
+        dim: width of the encoder's tokens, D.
+        width: of the predictor, P.
+        depth: blocks.
+        heads: attention heads.
+        grid: patches (H, W).
+        rope: positions turn queries and keys instead of being added.
+        attention: see `run_blocks`.
+        checkpointing: see `run_blocks`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        *,
+        rope: bool = False,
+        attention: Attention = "auto",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed, self.project = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.options: dict[str, Any] = {"attention": attention, "checkpointing": checkpointing}
+        table = rope_angles(grid, grid, width // heads) if rope else sincos_positions(grid, width)
+        self.rope = rope
+        self.register_buffer("positions", table[None], persistent=False)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, context_BKD: Tensor, context_BK: Tensor, targets_BMT: Tensor) -> Tensor:
+        """Predict the tokens (B, M, T, D) of M targets, each for itself, from encoded context tokens."""
+        count = targets_BMT.shape[1]
+        context = self.embed(context_BKD)
+        queries = self.mask_token.to(context.dtype).expand(*targets_BMT.shape, -1)
+        of_context, of_targets = take(self.positions, context_BK), take(self.positions, targets_BMT)
+        if not self.rope:
+            context, queries = context + of_context, queries + of_targets
+        x = _beside(context, queries, count)
+        angles = _beside(of_context, of_targets, count) if self.rope else None
+        x = self.norm(run_blocks(self.blocks, x, angles=angles, **self.options))
+        return self.project(x[:, context_BK.shape[1] :]).unflatten(0, (-1, count))
+
+
+def _beside(context_BKP: Tensor, targets_BMTP: Tensor, count: int) -> Tensor:
+    """Put the context before each of M targets, (B·M, K + T, P)."""
+    repeated = context_BKP[:, None].expand(-1, count, -1, -1)
+    return torch.cat([repeated, targets_BMTP.to(context_BKP.dtype)], 2).flatten(0, 1)

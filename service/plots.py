@@ -1,0 +1,68 @@
+"""Pictures for people: Pillow only, so that a headless machine draws them too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from service.masks import Masking, coverage
+
+_CELL, _GAP, _LINE = 10, 12, 16
+_HIDDEN, _CONTEXT = (226, 226, 226), (66, 112, 178)
+_TARGETS = ((217, 95, 2), (231, 158, 44), (166, 86, 40), (240, 199, 94))
+_BATCH, _STEPS = 64, 64  # draws that coverage maps average
+
+
+def mask_sheet(masking: Masking, grid: tuple[int, int], seed: int, examples: int = 8) -> Image.Image:
+    """Draw the masks of `examples` steps and, below, how often each patch is context and target.
+
+    Blue is context; the shades of orange are targets, the later above the earlier; grey is neither.
+    """
+    drawn = [masking.draw(seed, step, 0, 1) for step in range(examples)]
+    tiles = [_mask_tile(context[0], targets[0], grid) for context, targets in drawn]
+    titles = [f"step {step}: {c.shape[1]} + {t.shape[1]} x {t.shape[2]}" for step, (c, t) in enumerate(drawn)]
+    counted = [coverage(masking.draw(seed, step, 0, _BATCH), grid[0] * grid[1]) for step in range(_STEPS)]
+    for name, share in zip(("context", "target"), np.mean(counted, 0), strict=True):
+        tiles.append(_heat_tile(share.reshape(grid)))
+        titles.append(f"{name} {share.min():.2f} … {share.max():.2f}")
+    return tile_sheet(tiles, titles, columns=min(4, examples))
+
+
+def tile_sheet(tiles: list[NDArray[Any]], titles: list[str], columns: int) -> Image.Image:
+    """Put RGB pictures of one size, (H, W, 3) uint8, into rows with a line of text above each."""
+    height, width = tiles[0].shape[:2]
+    width = max(width, 150)
+    rows = -(-len(tiles) // columns)
+    size = columns * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (tile, title) in enumerate(zip(tiles, titles, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = _GAP + column * (width + _GAP), _GAP + row * (height + _LINE + _GAP)
+        draw.text((left, top), title, fill="black")
+        sheet.paste(Image.fromarray(tile), (left, top + _LINE))
+    return sheet
+
+
+def _mask_tile(context: NDArray[Any], targets: NDArray[Any], grid: tuple[int, int]) -> NDArray[np.uint8]:
+    cells = np.full((grid[0] * grid[1], 3), _HIDDEN, np.uint8)
+    cells[context] = _CONTEXT
+    for number, target in enumerate(targets):
+        cells[target] = _TARGETS[number % len(_TARGETS)]
+    return _enlarge(cells.reshape(*grid, 3))
+
+
+def _heat_tile(share: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """White for 0, dark for the largest share."""
+    level = share / max(share.max(), 1e-9)
+    colour = 255 - level[..., None] * (255 - np.array((33, 60, 110)))
+    return _enlarge(colour.astype(np.uint8))
+
+
+def _enlarge(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    big = cells.repeat(_CELL, 0).repeat(_CELL, 1)
+    big[_CELL - 1 :: _CELL], big[:, _CELL - 1 :: _CELL] = 255, 255
+    return big

@@ -1,0 +1,53 @@
+"""Small families and batches of random images for tests."""
+
+import torch
+
+from jobs import recipes
+from service.data.draws import hash_torch, key
+from service.families import build_family
+from service.families.base import Batch
+from tests.configs import TINY
+
+_RECIPES = {
+    "image_vicreg": ("demo", []),
+    "ijepa": (
+        "ijepa-cpu",
+        [
+            "data.image_size=32",
+            "family.encoder.depth=3",
+            "family.predictor.width=24",
+            "family.predictor.depth=2",
+            "family.predictor.heads=2",
+        ],
+    ),
+}
+_VICREG_ONLY = ("family.encoder.width", "family.projector")
+
+
+def family_config(kind, *changes):
+    """Config of a small family of one kind."""
+    recipe, own = _RECIPES[kind]
+    shared = [o for o in TINY if kind == "image_vicreg" or not o.startswith(_VICREG_ONLY)]
+    return recipes.load(recipe, ["data.uri=none", *shared, *own, *changes])
+
+
+def make_family(config, dtype=torch.float64):
+    """The family of a config, with the weights of seed 0."""
+    torch.manual_seed(0)
+    return build_family(config).to(dtype)
+
+
+def random_batch(family, config, size, dtype=torch.float64, step=0):
+    """A whole global batch of random views."""
+    generator = torch.Generator().manual_seed(1)
+    side = config.data.image_size
+    views = torch.randn(family.views, size, 3, side, side, dtype=dtype, generator=generator)
+    keys = hash_torch(key(0, step), torch.arange(size))
+    masks = family.draw_masks(0, step, 0, size, 0.0)
+    return Batch(views, keys, *(() if masks is None else map(torch.from_numpy, masks)))
+
+
+def part_of(batch, rank, world):
+    """A rank's slice of a global batch."""
+    views, *rest = batch
+    return Batch(views.chunk(world, 1)[rank], *(None if t is None else t.chunk(world)[rank] for t in rest))

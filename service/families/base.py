@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ class Losses:
     """Result of a family's forward pass.
 
     `total` is what is minimised, a scalar whose mean over ranks is the global loss; `terms` are unweighted parts and
-    statistics to report, scalars without gradient.
+    statistics to report, scalars without gradient; `features` are detached representations by name, each
+    (V, B, D) of V views of this rank's samples, for monitoring.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Batch(NamedTuple):

@@ -61,7 +61,7 @@ class IJepaFamily(Family):
         loss = prediction_loss(predicted, wanted.to(predicted.dtype), self.config.loss)
         pooled = seen.mean(1)
         spread = {"feature_std": pooled.std(0).mean(), "target_std": wanted.flatten(0, 2).std(0).mean()}
-        return Losses(loss, {"prediction": loss.detach(), **spread})
+        return Losses(loss, {"prediction": loss.detach(), **spread}, {"encoder": pooled[None]})
 
     def after_step(self, progress: float) -> None:
         """Let the target encoder follow: w̄ ← τ·w̄ + (1 − τ)·w."""

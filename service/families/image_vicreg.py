@@ -32,4 +32,9 @@ class ImageVicregFamily(Family):
         total = loss.inv * terms["inv"] + loss.std * terms["std"] + loss.cov * terms["cov"]
         with torch.no_grad():
             spread = represented.detach().float().std(0)
-        return Losses(total, {name: term.detach() for name, term in terms.items()} | {"feature_std": spread.mean()})
+        values = {name: term.detach() for name, term in terms.items()} | {"feature_std": spread.mean()}
+        features = {
+            "encoder": represented.detach().unflatten(0, (2, -1)),
+            "projector": torch.stack([z1.detach(), z2.detach()]),
+        }
+        return Losses(total, values, features)

@@ -396,9 +396,11 @@ class Compute(Frozen):
     """Device and arithmetic of a worker."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp64"] = Field("bf16", description="bf16 is autocast over fp32 weights")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "bf16", description="bf16 and fp16 are autocast over fp32 weights; fp16 scales the loss"
+    )
     channels_last: bool = True
-    compile: bool = Field(False, description="compile the model with torch.compile")
+    compile: bool = Field(False, description="compile the family's embedding with torch.compile")
     threads: Count | None = Field(None, description="CPU threads of a worker; none leaves torch's choice")
     deterministic: bool = Field(False, description="refuse operations whose results vary from run to run")
 
@@ -408,6 +410,7 @@ class Parallel(Frozen):
 
     kind: Literal["ddp"] = "ddp"
     workers: Count = 1
+    accumulate: Count = Field(1, description="micro-batches that a worker cuts its slice of a step into")
     cpus_per_worker: Positive = Field(1.0, description="CPUs that Ray reserves for a worker")
     sync_batchnorm: bool = Field(False, description="batch-norm statistics over all workers, not each worker's own")
     max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="restarts after a lost worker")
@@ -462,12 +465,8 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        _check_slices(self)
         workers, batch = self.parallel.workers, self.data.batch_size
-        if batch % workers:
-            near = max(workers, round(batch / workers) * workers)
-            raise ValueError(
-                f"data.batch_size={batch} is not divisible by parallel.workers={workers}: use batch_size={near}"
-            )
         partitions = canonical_partitions(self.data.partitions, batch)
         if partitions % workers:
             raise ValueError(
@@ -507,6 +506,23 @@ class RunConfig(Frozen):
     def plain(self) -> dict[str, Any]:
         """Return the whole tree as JSON-ready plain values, every default written out."""
         return self.model_dump(mode="json")
+
+
+def _check_slices(config: RunConfig) -> None:
+    """Refuse a global batch that does not divide into workers and micro-batches, or micro-batches that change it."""
+    batch, workers, parts = config.data.batch_size, config.parallel.workers, config.parallel.accumulate
+    if batch % (workers * parts):
+        near = max(1, round(batch / (workers * parts))) * workers * parts
+        divisor = f"parallel.workers={workers}" + (f" × parallel.accumulate={parts}" if parts > 1 else "")
+        raise ValueError(f"data.batch_size={batch} is not divisible by {divisor}: use batch_size={near}")
+    if parts == 1:
+        return
+    for name, instead in (("encoder", "group"), ("projector", "layer")):
+        if getattr(getattr(config.family, name, None), "norm", None) == "batch":
+            raise ValueError(
+                f"parallel.accumulate={parts} with family.{name}.norm=batch: batch norm would normalise each "
+                f"micro-batch by itself: use family.{name}.norm={instead}, or parallel.accumulate=1"
+            )
 
 
 def canonical_partitions(wanted: int, batch_size: int) -> int:

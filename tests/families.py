@@ -1,5 +1,6 @@
 """Small families and batches of random images for tests."""
 
+import pytest
 import torch
 
 from jobs import recipes
@@ -47,7 +48,10 @@ def random_batch(family, config, size, dtype=torch.float64, step=0):
     return Batch(views, keys, *(() if masks is None else map(torch.from_numpy, masks)))
 
 
-def part_of(batch, rank, world):
-    """A rank's slice of a global batch."""
-    views, *rest = batch
-    return Batch(views.chunk(world, 1)[rank], *(None if t is None else t.chunk(world)[rank] for t in rest))
+# Families and settings whose micro-batches must add up to the batch; batch norm is refused.
+GROUP = ["family.encoder.norm=group", "family.projector.norm=layer"]
+ACCUMULATED = [
+    pytest.param("image_vicreg", [*GROUP, "family.projector.output=8"], id="vicreg-moments"),
+    pytest.param("ijepa", ["family.encoder.drop_path=0.2"], id="ijepa"),
+    pytest.param("image_vicreg", [*GROUP, "family.projector.output=32"], id="vicreg-gathered"),
+]

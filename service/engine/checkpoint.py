@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -40,17 +41,18 @@ class Damaged(RuntimeError):
 
 @dataclass
 class TrainingState:
-    """What a checkpoint holds besides the step: module, optimiser, and averaged weights if any."""
+    """What a checkpoint holds besides the step: module, optimiser, averaged weights if any, loss scale of fp16."""
 
     module: nn.Module
     optimizer: Optimizer
     averaged: nn.Module | None
+    scaler: GradScaler
 
     def plain(self) -> dict[str, Any]:
         """Nested dictionaries of the live tensors, with names that no wrapper changes."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
-        return {"model": model, "optimizer": optimizer, "averaged": averaged}
+        return {"model": model, "optimizer": optimizer, "averaged": averaged, "scaler": self.scaler.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `plain` returned and a checkpoint filled in."""
@@ -59,6 +61,7 @@ class TrainingState:
         )
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 @dataclass

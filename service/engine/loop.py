@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from service.data.resident import ResidentBatches
 from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
 from service.data.stream import StreamBatches
+from service.engine.accumulate import backward
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import Checkpoints, TrainingState
 from service.engine.lease import check_lease
@@ -114,7 +116,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim.kind, self.module, **options)
         ema = config.eval.weight_ema
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
-        self.state = TrainingState(self.module, self.optimizer, self.averaged)
+        self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
+        self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -131,17 +134,30 @@ class Trainer:
         """
         set_lr(self.optimizer, self.lr(step))
         batch = self._batch(images, ids, step)
-        with self.worker.autocast(self.config.compute.precision):
-            losses = self.module(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
+        losses = backward(
+            self.module,
+            self.family,
+            batch,
+            parts=self.config.parallel.accumulate,
+            autocast=partial(self.worker.autocast, self.config.compute.precision),
+            scale=self.scaler.scale,
+        )
+        if self._update():
+            self.family.after_step((step + 1) / self.length.total)
+            if self.averaged is not None:
+                self.averaged.update(self.family.encoder)
+        return losses
+
+    def _update(self) -> bool:
+        """Take the optimiser's step and say whether it was taken: fp16 skips it when a gradient overflows."""
+        self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.family.after_step((step + 1) / self.length.total)
-        if self.averaged is not None:
-            self.averaged.update(self.family.encoder)
-        return losses
+        self.scaler.step(self.optimizer)
+        before = self.scaler.get_scale()  # with the next, all that fp16 waits for the device for
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -268,6 +284,8 @@ def _steps(
         last = done == length.total
         if log_due(done) or last:
             row = _read_row(losses, batches.budget.used) | {"lr": trainer.lr(step), **meter.read(done)}
+            if trainer.scaler.is_enabled():
+                row["loss_scale"] = trainer.scaler.get_scale()
             _check_finite(row["loss"], done, checkpoints)
             _check_bad_samples(row["bad_samples"], config.data.max_bad)
             if rank == 0:

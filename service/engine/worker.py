@@ -18,6 +18,8 @@ from service.config import Compute, Parallel
 from service.families.base import Family
 from service.models.batchnorm import synchronise
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -29,10 +31,10 @@ class Worker:
     device: torch.device
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
-        """Context of the forward pass: bf16 autocast, or nothing."""
-        if precision != "bf16":
+        """Context of the forward pass: autocast to bf16 or fp16, or nothing."""
+        if precision not in _AUTOCAST:
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, _AUTOCAST[precision])
 
     def environment(self) -> dict[str, str | int]:
         """Describe what the bits of a result depend on besides config, code and data."""
@@ -76,16 +78,15 @@ def place(family: Family, worker: Worker, compute: Compute, parallel: Parallel) 
 
 
 def distribute(family: Family, worker: Worker, compute: Compute) -> nn.Module:
-    """Wrap a placed family for training: compiled if asked for, gradients averaged over ranks."""
-    module: nn.Module = family
-    if compute.compile:
-        module.compile()
+    """Wrap a placed family for training: embedding compiled if asked for, gradients averaged over ranks."""
+    if compute.compile:  # not the losses, whose collectives would break the graph
+        family.embed = torch.compile(family.embed)
     if worker.world == 1:
-        return module
+        return family
     with warnings.catch_warnings():  # the name that torch is about to prefer is unknown to 2.11
         warnings.simplefilter("ignore", FutureWarning)
         # Running statistics stay each rank's own while training; rank 0's count (`share_buffers`).
-        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(family, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def share_buffers(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from service.masks import Masks
@@ -25,7 +26,7 @@ class Losses:
 
 
 class Batch(NamedTuple):
-    """This rank's slice of the global batch.
+    """This rank's slice of the global batch, or a micro-batch of it.
 
     `views` (V, B, 3, S, S) are normalised; `keys` (B,) int64 are random numbers of each sample at this step; `context`
     (B, K) and `targets` (B, M, T) are the patches of the family's masks, none where it draws none.
@@ -36,16 +37,47 @@ class Batch(NamedTuple):
     context: Tensor | None = None
     targets: Tensor | None = None
 
+    def split(self, parts: int) -> list[Batch]:
+        """Cut the samples into `parts` equal batches, in order; what has no samples goes to each."""
+        cut = (
+            [tensor] * parts if tensor is None or not tensor.ndim else tensor.chunk(parts, int(name in _VIEWS))
+            for name, tensor in self._asdict().items()
+        )
+        return [Batch(*fields) for fields in zip(*cut, strict=True)]
+
+
+_VIEWS = ("views",)  # fields whose second dimension is the samples; of all others it is the first
+Embedded = dict[str, Tensor]
+
 
 class Family(nn.Module):
-    """One method: module and loss together, so that DDP or FSDP wraps one thing."""
+    """One method: module and loss together, so that DDP or FSDP wraps one thing.
+
+    `forward` is `losses` after `embed`. A loss that is a mean over samples is accumulated by adding up micro-batches.
+    One with `batch_statistics` is not: then all micro-batches are embedded without gradients, `losses` of all of them
+    gives ∂total/∂z, and each micro-batch is embedded again to carry its rows of that back into the weights, so that
+    the gradient is the undivided batch's (Gao et al. 2021, arXiv 2101.06983). Hence `losses` has no parameters.
+    """
 
     encoder: nn.Module  # what is evaluated, exported and served: (B, 3, H, W) → (B, dim)
-    views: int  # augmented views that `forward` takes of each image
+    views: int  # augmented views that `embed` takes of each image
+    batch_statistics: bool  # the loss depends on the batch as a whole
 
-    def forward(self, batch: Batch) -> Losses:
-        """Compute the losses of this rank's slice of the global batch."""
+    def embed(self, batch: Batch) -> Embedded:
+        """Compute all that the losses need, sample by sample: named tensors (B, …), B samples in every one."""
         raise NotImplementedError
+
+    def losses(self, embedded: Embedded, batch: Batch) -> Losses:
+        """Compute the losses of this rank's slice of the global batch, or of a micro-batch without batch statistics."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, slopes: Embedded | None = None) -> Losses:
+        """Compute the losses of a batch; or, given `slopes` ∂total/∂z (B, …) by name, Σ z·∂total/∂z as `total`."""
+        embedded = self.embed(batch)
+        if slopes is None:
+            return self.losses(embedded, batch)
+        carried = [(embedded[name] * slope).sum() for name, slope in slopes.items() if embedded[name].requires_grad]
+        return Losses(torch.stack(carried).sum(), {})
 
     def draw_masks(self, seed: int, step: int, start: int, stop: int, progress: float) -> Masks | None:
         """Masks of positions `start` … `stop − 1` of the global batch of a step, `progress` through the run."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.config import IJepa, Momentum
-from service.families.base import Batch, Family, Losses
+from service.families.base import Batch, Embedded, Family, Losses
 from service.losses import prediction_loss
 from service.masks import Masks
 from service.models.blocks import take
@@ -21,6 +21,7 @@ class IJepaFamily(Family):
     """Context encoder, its moving average as target encoder, and a narrow predictor between them."""
 
     views = 1
+    batch_statistics = False
 
     def __init__(self, config: IJepa, image_size: int) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class IJepaFamily(Family):
         self.config = config
         self.masking = config.masking.build((image_size // config.encoder.patch_size,) * 2)
         self.context_encoder = build_encoder(image_size=image_size, **config.encoder.model_dump())
-        self.target_encoder = deepcopy(self.context_encoder).requires_grad_(False)
+        self.target_encoder = deepcopy(self.context_encoder).requires_grad_(False).eval()
         encoder, options = config.encoder, config.predictor.model_dump()
         self.predictor = Predictor(
             self.context_encoder.dim,  # pyright: ignore[reportArgumentType]
@@ -49,19 +50,29 @@ class IJepaFamily(Family):
         """Masks of positions `start` … `stop − 1` of the global batch of a step."""
         return self.masking.draw(seed, step, start, stop)
 
-    def forward(self, batch: Batch) -> Losses:
-        """Predict (1, B, 3, S, S): the loss is the mean over targets of the distance to the target encoder's tokens."""
+    def embed(self, batch: Batch) -> Embedded:
+        """Encode (1, B, 3, S, S): `predicted` and `wanted` tokens (B, M, T, D), `pooled` ones of the target (B, D)."""
         images, context, targets = batch.views[0], batch.context, batch.targets
         assert context is not None and targets is not None
         predicted = self.predictor(self.context_encoder.tokens(images, context, batch.keys), context, targets)
         with torch.no_grad():
-            seen = self.target_encoder.eval().tokens(images)
+            seen = self.target_encoder.tokens(images)
             seen = seen if seen.dtype == torch.float64 else seen.float()
             wanted = take(F.layer_norm(seen, seen.shape[-1:]) if self.config.normalise_targets else seen, targets)
-        loss = prediction_loss(predicted, wanted.to(predicted.dtype), self.config.loss)
-        pooled = seen.mean(1)
+        return {"predicted": predicted, "wanted": wanted.to(predicted.dtype), "pooled": seen.mean(1)}
+
+    def losses(self, embedded: Embedded, batch: Batch) -> Losses:
+        """Take the mean over targets of the distance to the target encoder's tokens."""
+        wanted, pooled = embedded["wanted"], embedded["pooled"]
+        loss = prediction_loss(embedded["predicted"], wanted, self.config.loss)
         spread = {"feature_std": pooled.std(0).mean(), "target_std": wanted.flatten(0, 2).std(0).mean()}
         return Losses(loss, {"prediction": loss.detach(), **spread}, {"encoder": pooled[None]})
+
+    def train(self, mode: bool = True) -> IJepaFamily:
+        """Switch all but the target encoder, which never drops paths."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
 
     def after_step(self, progress: float) -> None:
         """Let the target encoder follow: w̄ ← τ·w̄ + (1 − τ)·w."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from service.models.batchnorm import GlobalBatchNorm, synchronise
-from tests.families import family_config, make_family, part_of, random_batch
+from tests.families import family_config, make_family, random_batch
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +29,7 @@ def on_this_rank(kind, changes, dtype):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     family, batch = family_and_batch(kind, changes, dtype)
     module = DistributedDataParallel(synchronise(family, cuda=False))
-    return losses_and_gradients(module, part_of(batch, rank, world))
+    return losses_and_gradients(module, batch.split(world)[rank])
 
 
 def check(world, kind, changes, dtype, tolerance, shared=()):
@@ -81,7 +81,7 @@ def steps_on_this_rank(changes, steps):
     optimizer = torch.optim.SGD([p for p in family.parameters() if p.requires_grad], 0.1)
     for step in range(steps):
         optimizer.zero_grad()
-        losses_and_gradients(module, part_of(random_batch(family, config, BATCH, step=step), rank, world))
+        losses_and_gradients(module, random_batch(family, config, BATCH, step=step).split(world)[rank])
         optimizer.step()
         family.after_step((step + 1) / steps)
     return family.target_encoder.state_dict()

@@ -237,7 +237,8 @@ def progress(log: Callable[[int, dict[str, float]], None]) -> Callable[[int, dic
             )
         elif eta is not None and (time.monotonic() - printed > 2 or eta == 0):
             printed = time.monotonic()
-            terms = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in ("epoch", "lr", "images_per_s"))
+            apart = ("epoch", "lr", "weight_decay", "images_per_s")
+            terms = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in apart)
             print(
                 f"step {step:>6}  epoch {row['epoch']:.1f}  {terms}  lr {row['lr']:.2g}  "
                 f"{row['images_per_s']:.0f} images/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",

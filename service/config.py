@@ -7,7 +7,7 @@ MLflow parameter. This module imports neither torch nor ray, so that a config er
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -204,6 +204,7 @@ class VicregLoss(Frozen):
 class ImageVicreg(Frozen):
     """Joint embedding of two augmented views of an image."""
 
+    components: ClassVar[tuple[str, ...]] = ("encoder", "projector")
     kind: Literal["image_vicreg"] = "image_vicreg"
     encoder: Encoder = ResNet()  # pyright: ignore[reportCallIssue]
     projector: Projector = Projector()  # pyright: ignore[reportCallIssue]
@@ -328,6 +329,7 @@ class PredictorViT(Frozen):
 class IJepa(Frozen):
     """Prediction of the representations of hidden blocks (Assran et al. 2023)."""
 
+    components: ClassVar[tuple[str, ...]] = ("context_encoder", "predictor")
     kind: Literal["ijepa"] = "ijepa"
     encoder: ViT = ViT(positions="sincos")  # pyright: ignore[reportCallIssue]
     predictor: PredictorViT = PredictorViT()
@@ -341,7 +343,21 @@ class IJepa(Frozen):
 Family = Annotated[ImageVicreg | IJepa, Field(discriminator="kind")]
 
 
-class Lars(Frozen):
+class Optimizer(Frozen):
+    """What all optimisers share; biases, norms, tokens and positions never decay."""
+
+    lr: Positive
+    weight_decay: NonNegative
+    weight_decay_of: dict[str, NonNegative] = Field(
+        {}, description="weight decay of single components of the family, such as {predictor: 0.04}; stays constant"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="rate of an encoder's layer, relative to the next one's: a ViT's blocks, a ResNet's stages"
+    )
+    clip_norm: Positive | None = Field(None, description="largest global gradient norm")
+
+
+class Lars(Optimizer):
     """Layer-wise adaptive rates over momentum SGD (You, Gitman and Ginsburg 2017)."""
 
     kind: Literal["lars"] = "lars"
@@ -350,10 +366,19 @@ class Lars(Frozen):
     momentum: Fraction = 0.9
     trust: Positive = Field(0.02, description="trust coefficient η")
     clip_lr: bool = Field(True, description="never adapt a layer's rate above lr")
-    clip_norm: Positive | None = Field(None, description="largest global gradient norm")
 
 
-class Sgd(Frozen):
+class Lamb(Optimizer):
+    """Layer-wise adaptive rates over Adam with decoupled weight decay (You et al. 2020)."""
+
+    kind: Literal["lamb"] = "lamb"
+    lr: Positive = 3e-3
+    weight_decay: NonNegative = 0.02
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-6
+
+
+class Sgd(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
@@ -361,10 +386,19 @@ class Sgd(Frozen):
     weight_decay: NonNegative = 1e-4
     momentum: Fraction = 0.9
     nesterov: bool = False
-    clip_norm: Positive | None = None
 
 
-class AdamW(Frozen):
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015); its weight decay is added to the gradient."""
+
+    kind: Literal["adam"] = "adam"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -372,10 +406,9 @@ class AdamW(Frozen):
     weight_decay: NonNegative = 0.05
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
-    clip_norm: Positive | None = None
 
 
-Optim = Annotated[Lars | Sgd | AdamW, Field(discriminator="kind")]
+Optim = Annotated[Lars | Lamb | Sgd | Adam | AdamW, Field(discriminator="kind")]
 
 
 class Schedule(Frozen):
@@ -386,6 +419,9 @@ class Schedule(Frozen):
     warmup_epochs: NonNegative = 5.0
     start_lr: NonNegative = Field(3e-5, description="rate of the first step")
     min_lr: NonNegative = Field(0.0, description="rate that the cosine ends in")
+    weight_decay_end: NonNegative | None = Field(
+        None, description="what optim.weight_decay becomes by a cosine over the run; none leaves it constant"
+    )
 
     def length(self, steps_per_epoch: int) -> int:
         """Steps of the whole run."""
@@ -489,6 +525,12 @@ class RunConfig(Frozen):
                 self.family.masking.build(self.mask_grid)
             except ValueError as error:
                 raise ValueError(f"family.masking.{error}") from None
+        unknown = sorted(set(self.optim.weight_decay_of) - set(self.family.components))
+        if unknown:
+            raise ValueError(
+                f"optim.weight_decay_of.{unknown[0]} names no trained component of family {self.family.kind!r}: "
+                f"use {' or '.join(self.family.components)}"
+            )
         if self.schedule.min_lr > self.optim.lr or self.schedule.start_lr > self.optim.lr:
             raise ValueError(
                 f"schedule.start_lr={self.schedule.start_lr} and schedule.min_lr={self.schedule.min_lr} "

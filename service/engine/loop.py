@@ -37,7 +37,7 @@ from service.evaluate.protocol import Protocol
 from service.export import CONFIG, PREPROCESSING, WEIGHTS, describe_preprocessing
 from service.families import build_family
 from service.families.base import Batch, Family, Losses
-from service.optim import build_optimizer, set_lr, warmup_cosine
+from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
 
 log = logging.getLogger(__name__)
 Row = dict[str, float]
@@ -113,7 +113,7 @@ class Trainer:
         config = self.config
         self.module = distribute(self.family, self.worker, config.compute)
         options = config.optim.model_dump(exclude={"kind", "clip_norm"})
-        self.optimizer = build_optimizer(config.optim.kind, self.module, **options)
+        self.optimizer = build_optimizer(config.optim.kind, self.family, **options)
         ema = config.eval.weight_ema
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
@@ -132,7 +132,7 @@ class Trainer:
             images: uint8, (B, 3, H, W), or (V, B, 3, S, S) where the reader has cut the views' crops.
             ids: of the samples, (B,).
         """
-        set_lr(self.optimizer, self.lr(step))
+        set_rates(self.optimizer, self.lr(step), self.weight_decay(step))
         batch = self._batch(images, ids, step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
@@ -170,6 +170,11 @@ class Trainer:
             start_lr=schedule.start_lr,
             min_lr=schedule.min_lr,
         )
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of a step, of the components that have no own."""
+        start, end = self.config.optim.weight_decay, self.config.schedule.weight_decay_end
+        return start if end is None else cosine(start, end, step / self.length.total)
 
     def _batch(self, images: Tensor, ids: Tensor, step: int) -> Batch:
         """What the family takes: views, keys and masks of this rank's slice of the global batch."""
@@ -283,7 +288,8 @@ def _steps(
         done = step + 1
         last = done == length.total
         if log_due(done) or last:
-            row = _read_row(losses, batches.budget.used) | {"lr": trainer.lr(step), **meter.read(done)}
+            rates = {"lr": trainer.lr(step), "weight_decay": trainer.weight_decay(step)}
+            row = _read_row(losses, batches.budget.used) | rates | meter.read(done)
             if trainer.scaler.is_enabled():
                 row["loss_scale"] = trainer.scaler.get_scale()
             _check_finite(row["loss"], done, checkpoints)

@@ -1,6 +1,7 @@
 """The loop in one process on real data: resume, fencing, guards, what it keeps."""
 
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -57,9 +58,12 @@ def one_thread():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lars", "sgd"])
-def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, kind):
-    options = {"optim__kind": kind, "schedule__start_lr": 0.0, "compute__deterministic": True}
+DECAYS = {"optim__layer_decay": 0.8, "optim__weight_decay_of.projector": 0.1, "schedule__weight_decay_end": 0.2}
+
+
+@pytest.mark.parametrize("kind, decays", [("adamw", DECAYS), ("lars", {}), ("lamb", DECAYS), ("sgd", {})])
+def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, kind, decays):
+    options = {"optim__kind": kind, "schedule__start_lr": 0.0, "compute__deterministic": True, **decays}
     config = tiny(few_digits, **options, schedule__steps=12, eval__weight_ema=0.9, checkpoint__every="5 steps")
     whole, result = run(config, tmp_path / "whole")
     before, nothing = run(config, tmp_path / "cut", die_after=8)
@@ -73,6 +77,29 @@ def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, kind):
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_options_of_the_optimiser_act(few_digits, tmp_path):
+    base = {"schedule__warmup_epochs": 0, "schedule__steps": 9, "optim__kind": "sgd"}
+    options = {
+        "optim__layer_decay": 0.5,
+        "optim__weight_decay_of.encoder": 9,
+        "schedule__weight_decay_end": 9,
+        "optim__clip_norm": 1e-3,
+    }
+    plain = losses(run(tiny(few_digits, **base), tmp_path / "plain", die_after=3)[0])
+    for name, value in options.items():
+        changed = losses(run(tiny(few_digits, **base, **{name: value}), tmp_path / name, die_after=3)[0])
+        assert plain[1] == changed[1] and plain[3] != changed[3], name
+
+
+def test_rates_are_logged(few_digits, tmp_path):
+    decay = {"optim__weight_decay": 0.1, "schedule__weight_decay_end": 0.5}
+    rows, _ = run(tiny(few_digits, schedule__steps=4, schedule__warmup_epochs=0, **decay), tmp_path, die_after=4)
+    logged = [[rows[step][name] for step in (1, 2, 3, 4)] for name in ("lr", "weight_decay")]
+    shares = [(1 + math.cos(math.pi * progress / 4)) / 2 for progress in range(4)]  # each of the step just taken
+    assert logged[0] == pytest.approx([0.01 * share for share in shares])
+    assert logged[1] == pytest.approx([0.5 - 0.4 * share for share in shares])
 
 
 def test_streaming_gives_the_losses_of_resident_data(few_digits, tmp_path):

@@ -483,6 +483,29 @@ class Tracking(Frozen):
     log_every: StepInterval = "10 steps"
 
 
+class Monitor(Frozen):
+    """Quality of representations during training, and alarms that name a cure."""
+
+    every: StepInterval | None = Field("100 steps", description="how often representations are measured; none: never")
+    rows: Annotated[int, Field(ge=2)] = Field(
+        512, description="embeddings of a measurement over all views and workers, from the last steps if one has fewer"
+    )
+    alarms: bool = Field(True, description="tell what goes wrong, and its cure, when it begins and when it ends")
+    patience: Count = Field(3, description="measurements in a row that raise an alarm; a better one ends it")
+    min_variance: NonNegative = Field(0.01, description="mean variance of the dimensions below which they collapse")
+    max_correlation: Fraction = Field(0.5, description="mean absolute correlation of two dimensions that is too much")
+    stop_on_collapse: bool = Field(False, description="end the run, as failed, when a representation has collapsed")
+
+    @model_validator(mode="after")
+    def _check(self) -> Monitor:
+        if self.stop_on_collapse and (self.every is None or not self.alarms):
+            raise ValueError(
+                f"stop_on_collapse=true needs measurements and alarms, and every={self.every}, alarms={self.alarms}: "
+                "set every and alarms=true"
+            )
+        return self
+
+
 class RunConfig(Frozen):
     """Everything that decides what a run computes."""
 
@@ -498,6 +521,7 @@ class RunConfig(Frozen):
     eval: Eval = Eval()  # pyright: ignore[reportCallIssue]
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
+    monitor: Monitor = Monitor()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

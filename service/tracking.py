@@ -347,6 +347,15 @@ def sync(store: Store, uri: str, run_id: str) -> int:
         return sum(sender.send(_parse(store.get(name))) for name in store.list(METRICS))
 
 
+def stored_metrics(store: Store) -> dict[int, dict[str, float]]:
+    """All metrics in a run's storage by step; where lives of the run overlap, those of the later one."""
+    found: dict[int, dict[str, float]] = {}
+    for name in store.list(METRICS):
+        for row in _parse(store.get(name)):
+            found.setdefault(row.step, {}).update(row.metrics)
+    return found
+
+
 def _parse(chunk: bytes) -> list[Row]:
     return [Row(**json.loads(line)) for line in chunk.splitlines()]
 

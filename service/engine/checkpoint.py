@@ -121,9 +121,13 @@ class Checkpoints:
         """Folders of the committed checkpoints, by step and lease, ascending."""
         return sorted(name.removesuffix(f"/{MARKER}") for name in self.store.list() if name.endswith(f"/{MARKER}"))
 
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        return [int(folder.split("-")[1]) for folder in self.committed()]
+
     def newest_step(self) -> int:
         """Step of the newest committed checkpoint, 0 when there is none."""
-        return max((int(folder.split("-")[1]) for folder in self.committed()), default=0)
+        return max(self.steps(), default=0)
 
     def restore(self, state: TrainingState) -> int:
         """Load the newest sound checkpoint into `state`, one for all ranks; returns its step, 0 if there is none."""

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from service.collectives import mean_over_ranks, world_size
+from service.collectives import from_rank_0, mean_over_ranks, world_size
 from service.config import RunConfig, parse_interval
 from service.data.augment import random_view
 from service.data.batches import open_batches
@@ -29,15 +29,18 @@ from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
 from service.data.stream import StreamBatches
 from service.engine.accumulate import backward
+from service.engine.alarms import Alarms
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import Checkpoints, TrainingState
 from service.engine.lease import check_lease
+from service.engine.monitor import Monitor
 from service.engine.worker import Worker, distribute, place, share_buffers, start_worker
 from service.evaluate.protocol import Protocol
 from service.export import CONFIG, PREPROCESSING, WEIGHTS, describe_preprocessing
 from service.families import build_family
 from service.families.base import Batch, Family, Losses
 from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
+from service.tracking import stored_metrics
 
 log = logging.getLogger(__name__)
 Row = dict[str, float]
@@ -118,6 +121,7 @@ class Trainer:
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
         self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping; none where nothing clips
 
     @property
     def evaluated(self) -> nn.Module:
@@ -153,7 +157,7 @@ class Trainer:
         """Take the optimiser's step and say whether it was taken: fp16 skips it when a gradient overflows."""
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         before = self.scaler.get_scale()  # with the next, all that fp16 waits for the device for
         self.scaler.update()
@@ -248,13 +252,20 @@ def train(
     if start and worker.rank == 0:
         log.info("resumed from the checkpoint of step %d", start)
     protocol = Protocol(config, data_store, index, worker)
+    report = Report(trainer, start, checkpoints, run, rows or (lambda step, row: None))
     began = time.monotonic()
-    _steps(trainer, batches, start, checkpoints, protocol, run, rows or (lambda step, row: None))
+    _steps(trainer, batches, start, checkpoints, protocol, run, report)
     checkpoints.wait()
     seconds = time.monotonic() - began
     share_buffers(trainer.evaluated)
     scores = protocol.final(trainer.evaluated)
-    result = {"steps": trainer.length.total, "resumed_from": start, "train_seconds": seconds, **scores}
+    result = {
+        "steps": trainer.length.total,
+        "resumed_from": start,
+        "train_seconds": seconds,
+        "alarms": report.active,
+        **scores,
+    }
     if worker.rank == 0:
         run.fence()
         _keep_encoder(run.store.sub("encoder"), trainer.evaluated, config, scores)
@@ -269,24 +280,27 @@ def _steps(
     checkpoints: Checkpoints,
     protocol: Protocol,
     run: Run,
-    rows: RowSink,
+    report: Report,
 ) -> None:
-    """Take the run's remaining steps; log, evaluate, checkpoint and keep snapshots as often as the config says."""
+    """Take the run's remaining steps; log, measure, evaluate, checkpoint and keep snapshots as the config says."""
     config, length, rank = trainer.config, trainer.length, trainer.worker.rank
-    log_due, eval_due, save_due, snapshot_due = (
+    log_due, eval_due, save_due, snapshot_due, monitor_due = (
         Every(interval, length.steps_per_epoch)
         for interval in (
             config.tracking.log_every,
             config.eval.every,
             config.checkpoint.every,
             config.checkpoint.snapshot_every,
+            config.monitor.every,
         )
     )
+    monitor = Monitor(config, rank, trainer.worker.world, monitor_due.steps, length.total)
     meter = Meter(start, length, config.data.batch_size)
     for step, (images, ids) in enumerate(batches.iterate(start, length.total, rank, trainer.worker.world), start):
         losses = trainer.step(step, images, ids)
         done = step + 1
         last = done == length.total
+        monitor.collect(done, losses.features)
         if log_due(done) or last:
             rates = {"lr": trainer.lr(step), "weight_decay": trainer.weight_decay(step)}
             row = _read_row(losses, batches.budget.used) | rates | meter.read(done)
@@ -294,19 +308,52 @@ def _steps(
                 row["loss_scale"] = trainer.scaler.get_scale()
             _check_finite(row["loss"], done, checkpoints)
             _check_bad_samples(row["bad_samples"], config.data.max_bad)
-            if rank == 0:
-                rows(done, row)
+            report(done, row)
+        if monitor.due(done):
+            report(done, monitor.read(trainer.module, trainer.grad_norm))
         if eval_due(done) and not last:
             share_buffers(trainer.evaluated)
-            row = protocol.validation(trainer.evaluated)
-            if rank == 0:
-                rows(done, row)
+            report(done, protocol.validation(trainer.evaluated))
         if rank == 0 and (save_due(done) or last):
             _check_finite(_norm(trainer.module), done, checkpoints)
             checkpoints.save(done, trainer.state)
         if rank == 0 and snapshot_due(done):
             run.fence()
             run.store.put(f"snapshots/step-{done:08d}.safetensors", _weights(trainer.evaluated))
+
+
+class Report:
+    """Judges the metric rows of a run alike on all ranks; rank 0 hands them on and tells the alarms."""
+
+    def __init__(self, trainer: Trainer, start: int, checkpoints: Checkpoints, run: Run, rows: RowSink) -> None:
+        self._config, self._rank = trainer.config, trainer.worker.rank
+        self._checkpoints, self._rows = checkpoints, rows
+        history = from_rank_0(stored_metrics(run.store) if self._rank == 0 else {})
+        self._alarms = Alarms(trainer.config, trainer.length.warmup, history, start)
+
+    @property
+    def active(self) -> dict[str, str]:
+        """Alarms that last, with what was seen."""
+        return self._alarms.active
+
+    def __call__(self, step: int, row: Row) -> None:
+        """Take the metrics of a step; raises when the run is to stop on what they show."""
+        changed = self._alarms.take(step, row)
+        if self._rank == 0:
+            self._rows(step, row)
+            if changed:
+                self._rows(step, changed)
+            for message in self._alarms.messages(step, changed):
+                log.warning(message)
+        if self._config.monitor.stop_on_collapse and "collapse" in self.active:
+            self._stop(step)
+
+    def _stop(self, step: int) -> None:
+        self._checkpoints.wait()
+        sound = self._alarms.sound_until()
+        kept = [saved for saved in self._checkpoints.steps() if saved <= sound]
+        last = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint from before it is kept"
+        raise TrainingFailed(f"{self._alarms.message('collapse', step)}; {last}")
 
 
 class Meter:

@@ -71,6 +71,18 @@ def few_digits(tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread():
+    """What does not wait for other threads takes the same time on busy machines, and gives the same bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 512 KiB."""
     folder = tmp_path / "disk"

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return [Batch(*fields) for fields in zip(*cut, strict=True)]
 
 
-_VIEWS = ("views",)  # fields whose second dimension is the samples; of all others it is the first
+_VIEWS = ("views", "local")  # fields whose second dimension is the samples; of all others it is the first
 Embedded = dict[str, Tensor]
 
 

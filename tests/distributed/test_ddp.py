@@ -1,11 +1,15 @@
 """Two processes with half the batch each are one process with the whole: losses, gradients, statistics."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from service.collectives import rank, world_size
+from service.engine.accumulate import backward
 from service.models.batchnorm import GlobalBatchNorm, synchronise
-from tests.families import family_config, make_family, random_batch
+from tests.families import ACCUMULATED, family_config, make_family, random_batch
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -26,10 +30,9 @@ def losses_and_gradients(module, batch):
 
 
 def on_this_rank(kind, changes, dtype):
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     family, batch = family_and_batch(kind, changes, dtype)
     module = DistributedDataParallel(synchronise(family, cuda=False))
-    return losses_and_gradients(module, batch.split(world)[rank])
+    return losses_and_gradients(module, batch.split(world_size())[rank()])
 
 
 def check(world, kind, changes, dtype, tolerance, shared=()):
@@ -38,8 +41,8 @@ def check(world, kind, changes, dtype, tolerance, shared=()):
     mean = torch.stack([r[0] for r in ranks]).mean()
     torch.testing.assert_close(mean, total, rtol=tolerance, atol=0)
     for name in shared:
-        for rank in ranks:
-            torch.testing.assert_close(rank[1][name], terms[name], rtol=tolerance, atol=0)
+        for found in ranks:
+            torch.testing.assert_close(found[1][name], terms[name], rtol=tolerance, atol=0)
     scale = torch.stack([g.norm() for g in gradients.values()]).max()
     for name, gradient in gradients.items():
         error = (ranks[0][2][name] - gradient).norm() / scale
@@ -67,6 +70,31 @@ def test_ijepa(world):
     check(world, "ijepa", ["family.encoder.drop_path=0.2"], torch.float64, 1e-9)
 
 
+def accumulate(parts):
+    """Losses and gradients of each accumulated setting, of this rank's slice in `parts` micro-batches."""
+    found = []
+    for kind, changes in (case.values for case in ACCUMULATED):
+        family, batch = family_and_batch(kind, changes, torch.float64)
+        module = family if world_size() == 1 else DistributedDataParallel(family)
+        part = batch.split(world_size())[rank()]
+        losses = backward(module, family, part, parts=parts, autocast=nullcontext, scale=lambda total: total)
+        found.append((losses.total, {name: p.grad for name, p in family.named_parameters() if p.grad is not None}))
+    return found
+
+
+@pytest.mark.parametrize("world, parts", [(2, 2), (4, 1)])
+def test_ranks_and_micro_batches_are_interchangeable(world, parts):
+    """1 × 4, which the numerics hold to the undivided batch, against 2 × 2 and 4 × 1."""
+    alone, together = accumulate(4), on_ranks(world, accumulate, parts)
+    for (total, gradients), *ranks in zip(alone, *together, strict=True):
+        torch.testing.assert_close(torch.stack([r[0] for r in ranks]).mean().detach(), total, rtol=1e-9, atol=0)
+        scale = torch.stack([g.norm() for g in gradients.values()]).max()
+        for _, found in ranks:
+            assert found.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                assert (found[name] - gradient).norm() / scale < 1e-9, name
+
+
 @pytest.mark.parametrize("kind", ["image_vicreg", "ijepa"])
 def test_fp32(kind):
     check(2, kind, [], torch.float32, 1e-3)
@@ -74,14 +102,13 @@ def test_fp32(kind):
 
 def steps_on_this_rank(changes, steps):
     """Target encoder's weights after optimiser steps under DDP."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = family_config("ijepa", *changes)
     family = make_family(config)
     module = DistributedDataParallel(family)
     optimizer = torch.optim.SGD([p for p in family.parameters() if p.requires_grad], 0.1)
     for step in range(steps):
         optimizer.zero_grad()
-        losses_and_gradients(module, random_batch(family, config, BATCH, step=step).split(world)[rank])
+        losses_and_gradients(module, random_batch(family, config, BATCH, step=step).split(world_size())[rank()])
         optimizer.step()
         family.after_step((step + 1) / steps)
     return family.target_encoder.state_dict()
@@ -99,8 +126,7 @@ def test_the_target_encoder_moves_under_ddp_alike_on_all_ranks():
 def normalise_part(x, training):
     torch.manual_seed(0)
     layer = GlobalBatchNorm(3).double().train(training)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    part = x.chunk(world)[rank].clone().requires_grad_()
+    part = x.chunk(world_size())[rank()].clone().requires_grad_()
     y = layer(part)
     (y * torch.arange(y.shape[1]).view(1, -1, 1, 1) * y).sum().backward()
     return y.detach(), part.grad, layer.running_mean, layer.running_var, layer.weight.grad
@@ -116,6 +142,6 @@ def test_global_batch_norm_is_batch_norm_over_all_ranks():
     torch.testing.assert_close(torch.cat([r[0] for r in ranks]), y.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.cat([r[1] for r in ranks]), whole.grad, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(ranks[0][4] + ranks[1][4], layer.weight.grad, rtol=1e-9, atol=1e-9)
-    for rank in ranks:
-        torch.testing.assert_close(rank[2], layer.running_mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(rank[3], layer.running_var, rtol=1e-12, atol=1e-12)
+    for found in ranks:
+        torch.testing.assert_close(found[2], layer.running_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[3], layer.running_var, rtol=1e-12, atol=1e-12)

@@ -9,6 +9,7 @@ from service.engine.accumulate import backward
 from service.families.base import Batch, Family, Losses
 from tests.families import ACCUMULATED, family_config, make_family, random_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
 
 

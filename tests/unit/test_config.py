@@ -71,6 +71,8 @@ def test_all_errors_come_at_once_with_the_nearest_names():
     "override, message",
     [
         ("parallel.workers=3", "data.batch_size=512 is not divisible by parallel.workers=3: use batch_size=513"),
+        ("parallel.accumulate=2", "family.encoder.norm=batch: batch norm would normalise each micro-batch by itself"),
+        ("parallel.accumulate=3", "not divisible by parallel.workers=1 × parallel.accumulate=3: use batch_size=513"),
         ("data.partitions=3", "parallel.workers=4 must divide the 2 canonical partitions"),
         ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'lamb', 'sgd', 'adam', 'adamw'"),
         ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),

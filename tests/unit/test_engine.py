@@ -16,6 +16,8 @@ from service.engine import checkpoint, loop
 from service.engine.lease import Lease, LeaseLost
 from tests.configs import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Killed(BaseException):
     """Stands for a death between two steps."""
@@ -49,21 +51,26 @@ def wait_for(path):
         time.sleep(0.01)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
+GROUP = {"family__encoder__norm": "group", "family__projector__norm": "layer"}
+SMALL = {"data__batch_size": 16, "family__encoder__width": 4, "family__encoder__depth": 8}  # fp16 is slow on CPUs
 
 
 DECAYS = {"optim__layer_decay": 0.8, "optim__weight_decay_of.projector": 0.1, "schedule__weight_decay_end": 0.2}
 
 
-@pytest.mark.parametrize("kind, decays", [("adamw", DECAYS), ("lars", {}), ("lamb", DECAYS), ("sgd", {})])
-def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, kind, decays):
-    options = {"optim__kind": kind, "schedule__start_lr": 0.0, "compute__deterministic": True, **decays}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__kind": "adamw", **DECAYS},
+        {"optim__kind": "lars"},
+        {"optim__kind": "lamb", **DECAYS},
+        {"optim__kind": "sgd"},
+        {**GROUP, **SMALL, "parallel__accumulate": 2, "compute__precision": "fp16", "optim__clip_norm": 1.0},
+    ],
+    ids=["adamw", "lars", "lamb", "sgd", "accumulated-fp16"],
+)
+def test_n_plus_n_steps_are_bitwise_2n(few_digits, tmp_path, changes):
+    options = {**changes, "schedule__start_lr": 0.0, "compute__deterministic": True}
     config = tiny(few_digits, **options, schedule__steps=12, eval__weight_ema=0.9, checkpoint__every="5 steps")
     whole, result = run(config, tmp_path / "whole")
     before, nothing = run(config, tmp_path / "cut", die_after=8)
@@ -102,6 +109,69 @@ def test_rates_are_logged(few_digits, tmp_path):
     assert logged[1] == pytest.approx([0.5 - 0.4 * share for share in shares])
 
 
+def make_trainer(config, steps=3):
+    torch.manual_seed(config.seed)
+    worker = loop.start_worker(config.compute)
+    family = loop.place(loop.build_family(config), worker, config.compute, config.parallel)
+    return loop.Trainer(config, worker, family, loop.Length(18, steps, 0))
+
+
+def a_batch(size):
+    return torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8), torch.arange(size)
+
+
+def weights_of(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_a_step_that_overflows_fp16_is_not_taken():
+    changes = {"data__batch_size": 8, "schedule__start_lr": 1e-3, "compute__precision": "fp16"}
+    trainer = make_trainer(tiny("none", **changes, eval__weight_ema=0.5))
+    after = []
+    trainer.family.after_step = after.append
+    start, state = weights_of(trainer.module), trainer.scaler.state_dict()
+    trainer.scaler.load_state_dict(state | {"scale": 2.0**100})
+    losses = trainer.step(0, *a_batch(8))
+    assert torch.isfinite(losses.total) and trainer.scaler.get_scale() == 2.0**99
+    assert torch.equal(weights_of(trainer.module), start) and after == []
+    assert torch.equal(weights_of(trainer.averaged.module), weights_of(trainer.family.encoder))
+    trainer.scaler.load_state_dict(state | {"scale": 2.0**10})
+    trainer.step(1, *a_batch(8))
+    assert trainer.scaler.get_scale() == 2.0**10 and after == [2 / 3]
+    assert not torch.equal(weights_of(trainer.module), start)
+    assert not torch.equal(weights_of(trainer.averaged.module), weights_of(trainer.family.encoder))
+
+
+def test_fp16_clips_the_unscaled_gradient():
+    """After plain SGD the move is lr × the clipped norm, whatever the loss was multiplied by."""
+    changes = {"data__batch_size": 8, "optim__kind": "sgd", "optim__momentum": 0, "optim__weight_decay": 0}
+    changes |= {"optim__lr": 0.5, "optim__clip_norm": 1e-3, "schedule__start_lr": 0.5, "compute__precision": "fp16"}
+    trainer = make_trainer(tiny("none", **changes))
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 64.0})
+    start = weights_of(trainer.module)
+    trainer.step(0, *a_batch(8))
+    moved = (weights_of(trainer.module) - start).norm()
+    assert moved.item() == pytest.approx(0.5 * 1e-3, rel=1e-2)
+
+
+def test_micro_batches_of_a_run_change_nothing(few_digits, tmp_path):
+    options = {**GROUP, "schedule__steps": 4, "compute__precision": "fp64", "eval__weight_ema": 0.5}
+    rows, kept = [], []
+    for parts in (1, 4):
+        folder = tmp_path / str(parts)
+        rows.append(losses(run(tiny(few_digits, **options, parallel__accumulate=parts), folder)[0]))
+        kept.append(load(Store(folder).get("encoder/model.safetensors")))
+    assert rows[1] == pytest.approx(rows[0], rel=1e-9) and len(rows[0]) == 4
+    for name, tensor in kept[0].items():
+        torch.testing.assert_close(kept[1][name], tensor, rtol=1e-7, atol=1e-9)
+
+
+def test_the_loss_scale_is_logged_where_there_is_one(few_digits, tmp_path):
+    for precision in ("fp16", "fp32"):
+        rows, _ = run(tiny(few_digits, schedule__steps=1, compute__precision=precision), tmp_path / precision)
+        assert ("loss_scale" in rows[1]) == (precision == "fp16")
+
+
 def test_streaming_gives_the_losses_of_resident_data(few_digits, tmp_path):
     resident, _ = run(tiny(few_digits, data__mode="resident", schedule__steps=4), tmp_path / "a")
     streamed, _ = run(tiny(few_digits, data__mode="stream", schedule__steps=4), tmp_path / "b")
@@ -117,12 +187,7 @@ def test_a_checkpoint_returns_every_tensor(few_digits, tmp_path):
     checkpoints = checkpoint.Checkpoints(store, {}, lambda: None, 0, 2)
     assert checkpoints.committed() == ["step-00000002-lease-0000", "step-00000003-lease-0000"]
     assert checkpoints.newest_step() == 3
-    trainers = []
-    for _ in range(2):
-        torch.manual_seed(len(trainers))
-        worker = loop.start_worker(config.compute)
-        family = loop.place(loop.build_family(config), worker, config.compute, config.parallel)
-        trainers.append(loop.Trainer(config, worker, family, loop.Length(18, 3, 0)))
+    trainers = [make_trainer(config.model_copy(update={"seed": seed})) for seed in range(2)]
     assert [checkpoints.restore(t.state) for t in trainers] == [3, 3]
     plain = [t.state.plain() for t in trainers]
     leaves = [torch.utils._pytree.tree_leaves(p) for p in plain]

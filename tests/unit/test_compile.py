@@ -1,0 +1,54 @@
+"""`compute.compile`: one graph for every step's masks, the same numbers, the same names of the weights."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from service.data.store import Store
+from service.engine import loop
+from service.families import FAMILIES
+from tests.configs import tiny
+from tests.families import family_config, make_family, random_batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {"ijepa": ["family.encoder.depth=1", "family.predictor.depth=1", "family.encoder.drop_path=0.2"]}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_one_graph_serves_every_step(kind):
+    torch._dynamo.reset()
+    counters.clear()
+    config = family_config(kind, *SMALL.get(kind, []))
+    family = make_family(config).train()
+    batches = [random_batch(family, config, 4, step=step) for step in range(4)]
+    expected = [family(batch).total.item() for batch in batches]
+    family.embed = torch.compile(family.embed, backend="eager", fullgraph=True)
+    graphs = []
+    for step, batch in enumerate(batches):
+        assert family(batch).total.item() == pytest.approx(expected[step], rel=1e-9)
+        family.after_step(0.0)  # moves no weight: none has been trained
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 4
+    assert len(set(expected)) == 1 if batches[0].context is None else len(set(expected)) == 4
+    assert not any("_orig_mod" in name for name in family.state_dict())
+
+
+@pytest.mark.distributed
+def test_a_compiled_run_gives_the_losses_and_names_of_a_plain_one(few_digits, tmp_path):
+    weights, losses = [], []
+    for compile_ in (False, True):
+        config = tiny(few_digits, schedule__steps=3, compute__compile=compile_, compute__precision="fp64")
+        run = loop.Run(Store(tmp_path / str(compile_)))
+        found = []
+        loop.train(config, run, rows=lambda step, row, found=found: found.append(row["loss"]))
+        losses.append(found)
+        weights.append(run.store.sub("encoder").get("model.safetensors"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    names = [set(torch_names(data)) for data in weights]
+    assert names[0] == names[1]
+
+
+def torch_names(data):
+    from safetensors.torch import load
+
+    return load(data)

@@ -26,6 +26,7 @@ Range = tuple[float, float]
 MIN_CONTEXT = 4  # patches; fewer say next to nothing about an image
 _TRIES = 8  # places that an image may draw until enough of its context is left
 _LATTICE = 8  # scales, and as many aspects, that block sizes are drawn from
+_LARGEST = np.iinfo(np.uint64).max
 _PROBED = (64, 64)  # steps and images that the number of context tokens is measured on
 
 
@@ -129,20 +130,24 @@ class Multiblock:
 
     def _sizes(self, seed: int, step: int) -> tuple[Patches, Patches]:
         numbers = hash_numpy(key(seed, step, 2), np.arange(2)) % _LATTICE**2
-        return self.targets.sizes(self.grid)[numbers[0]], self.contexts.sizes(self.grid)[numbers[1]]
+        targets, contexts = self._lattices
+        return targets[numbers[0]], contexts[numbers[1]]
+
+    @cached_property
+    def _lattices(self) -> tuple[Patches, Patches]:
+        return self.targets.sizes(self.grid), self.contexts.sizes(self.grid)
 
     def _tokens(self, seed: int, step: int, positions: Patches, corners: Patches) -> Patches:
         """Patches of the targets at `corners`, (B, M, T)."""
         height, width = self._sizes(seed, step)[0]
         inside = (np.arange(height)[:, None] * self.grid[1] + np.arange(width)).ravel()
-        first = corners @ np.array([self.grid[1], 1])
-        whole = first[..., None] + inside
+        first = (corners @ np.array([self.grid[1], 1]))[..., None]
         if len(inside) == self.target_tokens:
-            return whole
+            return first + inside
         numbers = positions[:, None] * self.targets.count + np.arange(self.targets.count)
         everything = np.ones((numbers.size, len(inside)), bool)
         kept = _choose(key(seed, step, 4), numbers.ravel(), everything, self.target_tokens)
-        return np.take_along_axis(whole, kept.reshape(*numbers.shape, -1), -1)
+        return first + inside[kept].reshape(*numbers.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -330,5 +335,6 @@ def _cover(corners: Patches, size: Patches | tuple[int, int], grid: tuple[int, i
 def _choose(key_: int, positions: Patches, allowed: NDArray[np.bool_], count: int) -> Patches:
     """Choose `count` of the allowed columns of each row at random, (B, count), ascending."""
     scores = _scores(key_, positions, allowed.shape[1])
-    scores[~allowed] = np.iinfo(np.uint64).max
-    return np.sort(np.argpartition(scores, count - 1, axis=1)[:, :count], axis=1)
+    scores[~allowed] = _LARGEST
+    highest = np.partition(scores, count - 1, axis=1)[:, count - 1 : count]
+    return np.nonzero(scores <= highest)[1].reshape(-1, count)  # 64-bit scores of a row never tie

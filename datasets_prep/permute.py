@@ -34,10 +34,14 @@ def _mix(z: int) -> int:
 def hash_numpy(key_: int, counters: NDArray[Any]) -> NDArray[np.uint64]:
     """Mix `counters` (any shape, integers) with a key into uint64 of the same shape."""
     with np.errstate(over="ignore"):
-        z = (counters.astype(np.uint64) ^ np.uint64(key_)) + np.uint64(GOLDEN)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX1)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX2)
-        return z ^ (z >> np.uint64(31))
+        z = counters.astype(np.uint64) ^ np.uint64(key_)
+        z += np.uint64(GOLDEN)  # in place from here: large counters stay in a core's cache
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(MIX1)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(MIX2)
+        z ^= z >> np.uint64(31)
+        return z
 
 
 def permutation(key_: int, n: int) -> NDArray[np.int64]:

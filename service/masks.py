@@ -325,11 +325,12 @@ def _corners(places: NDArray[np.float64], size: Patches, grid: tuple[int, int]) 
 
 def _cover(corners: Patches, size: Patches | tuple[int, int], grid: tuple[int, int]) -> NDArray[np.bool_]:
     """Patches that blocks at `corners` (B, M, 2) cover together, (B, H, W)."""
+    starts = (corners[..., axis, None] for axis in (0, 1))
     rows, columns = (
-        (np.arange(extent) >= corners[..., axis, None]) & (np.arange(extent) < corners[..., axis, None] + size[axis])
-        for axis, extent in enumerate(grid)
+        ((np.arange(extent) >= start) & (np.arange(extent) < start + side)).astype(np.float32)
+        for extent, start, side in zip(grid, starts, size, strict=True)
     )
-    return (rows[..., :, None] & columns[..., None, :]).any(1)
+    return rows.transpose(0, 2, 1) @ columns > 0  # how many blocks cover each patch
 
 
 def _choose(key_: int, positions: Patches, allowed: NDArray[np.bool_], count: int) -> Patches:
@@ -337,4 +338,5 @@ def _choose(key_: int, positions: Patches, allowed: NDArray[np.bool_], count: in
     scores = _scores(key_, positions, allowed.shape[1])
     scores[~allowed] = _LARGEST
     highest = np.partition(scores, count - 1, axis=1)[:, count - 1 : count]
-    return np.nonzero(scores <= highest)[1].reshape(-1, count)  # 64-bit scores of a row never tie
+    found = np.flatnonzero(scores <= highest).reshape(-1, count)  # 64-bit scores of a row never tie
+    return found - np.arange(len(scores))[:, None] * scores.shape[1]

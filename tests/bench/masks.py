@@ -11,7 +11,7 @@ import torch
 from service.config import PaperMasking, ReferenceMasking
 from tests.bench._report import alternate, close, ratio
 
-BATCH, GRID, REPEATS, STEPS, MIN_KEEP = 256, (14, 14), 5, 5, 10
+BATCH, GRID, REPEATS, STEPS, MIN_KEEP = 256, (14, 14), 5, 10, 10
 PEER = "the published collator's algorithm in Python and torch, image by image (re-implemented)"
 
 
@@ -23,15 +23,15 @@ def size(generator, scale, aspect):
     return min(sides[0], GRID[0] - 1), min(sides[1], GRID[1] - 1)
 
 
-def block(shape, regions=None):
+def block(shape, regions=()):
     """Indices of a block's patches, and the grid without it; every 20 failures give up one more region."""
     tries = 0
     while True:
-        top = torch.randint(0, GRID[0] - shape[0], (1,)).item()
-        left = torch.randint(0, GRID[1] - shape[1], (1,)).item()
+        top = torch.randint(0, GRID[0] - shape[0], (1,))  # stays a tensor, as in the published code
+        left = torch.randint(0, GRID[1] - shape[1], (1,))
         mask = torch.zeros(GRID, dtype=torch.int32)
         mask[top : top + shape[0], left : left + shape[1]] = 1
-        for region in (regions or [])[: max(len(regions or []) - tries // 20, 0)]:
+        for region in regions[: max(len(regions) - tries // 20, 0)]:
             mask *= region
         indices = torch.nonzero(mask.flatten())
         if len(indices) > MIN_KEEP:

@@ -62,7 +62,7 @@ def test_each_operation_equals_timms(name, level, sign, monkeypatch):
         assert (error > 3).float().mean() < 0.06 and error.median() < 0.6
     else:
         assert error.max() < 2 and error.mean() < 0.8  # PIL drops fractions, of what it blends with as well
-    assert (got - images).abs().max() > 5
+    assert (got - images).abs().max() > 2
 
 
 def test_equalize_and_autocontrast_leave_flat_channels():

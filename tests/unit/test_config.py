@@ -1,11 +1,13 @@
 import ast
 import json
+import re
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from torch.optim import SGD, AdamW
 
@@ -112,6 +114,17 @@ def test_masks_that_cannot_exist_are_config_errors():
         recipes.load("ijepa-cpu", ["family.masking.kind=reference"])
     with pytest.raises(UserError, match="width=100 must be divisible by 4 × heads=12: use width=96"):
         recipes.load("ijepa-cpu", ["family.predictor.width=100", "family.predictor.heads=12"])
+
+
+@pytest.mark.parametrize("page", ["optimisers", "augmentation"])
+def test_settings_shown_in_the_docs_are_settings(page):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        shown = yaml.safe_load(block)
+        rooms = {"data": shown} if "augment" in shown else shown
+        overrides = [f"{room}={json.dumps(settings)}" for room, settings in rooms.items()]
+        assert recipes.load("ijepa-cpu", overrides) != recipes.load("ijepa-cpu")
 
 
 def test_unknown_recipes_and_broken_files(tmp_path):

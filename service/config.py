@@ -600,6 +600,12 @@ class RunConfig(Frozen):
                 f"data.augment.mixup and cutmix need two samples of a partition in a step, and data.partitions="
                 f"{self.data.partitions} leaves one of data.batch_size={self.data.batch_size}: lower data.partitions"
             )
+        for name in ("loss", "regulariser"):
+            if getattr(getattr(self.family, name, None), "kind", None) == "nt_xent":
+                raise ValueError(
+                    f"data.augment.mixup and cutmix with family.{name}.kind=nt_xent: it pushes a sample away from all "
+                    "others, and a mixed one is partly another: set both to 0, or take another loss"
+                )
 
     @property
     def mask_grid(self) -> tuple[int, int]:

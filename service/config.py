@@ -56,6 +56,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class RandAugment(Frozen):
+    """Operations drawn at random for each view (Cubuk et al. 2020); the defaults are DeiT's `rand-m9-mstd0.5-inc1`."""
+
+    ops: Count = Field(2, description="operations one after the other")
+    magnitude: Annotated[float, Field(ge=0, le=10)] = Field(9.0, description="mean strength of an operation")
+    spread: NonNegative = Field(0.5, description="standard deviation of the strength, which stays within 0 and 10")
+    probability: Fraction = Field(0.5, description="probability that an operation is applied once drawn")
+
+
 class Augment(Frozen):
     """Random view of an image; probabilities in [0, 1], colour strengths as in torchvision's ColorJitter."""
 
@@ -75,16 +84,36 @@ class Augment(Frozen):
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: Range = Field((0.1, 2.0), description="standard deviation of the blur in pixels")
     solarize: Fraction = Field(0.1, description="probability of inverting the pixels above one half")
+    three_augment: Fraction = Field(
+        0.0, description="probability of exactly one of grey, blur and solarize, as in DeiT III (Touvron et al. 2022)"
+    )
+    randaugment: RandAugment | None = Field(None, description="none: no such operations")
+    erase: Fraction = Field(0.0, description="probability that a rectangle becomes noise (Zhong et al. 2020)")
+    erase_scale: Range = Field((0.02, 1 / 3), description="area of that rectangle, as a share of the view")
+    erase_ratio: Range = Field((0.3, 3.3), description="its aspect ratio, drawn log-uniformly")
+    mixup: NonNegative = Field(0.0, description="α of mix-up, λ ~ Beta(α, α); 0: none; all views are mixed alike")
+    cutmix: NonNegative = Field(0.0, description="α of CutMix; with mix-up, each sample takes one of the two")
 
     @model_validator(mode="after")
     def _check(self) -> Augment:
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+        for name in ("crop_scale", "crop_ratio", "blur_sigma", "erase_scale", "erase_ratio"):
             _ordered(getattr(self, name), name)
             if getattr(self, name)[0] <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must stay ≤ 1: a crop cannot exceed its image")
+        for name in ("crop_scale", "erase_scale"):
+            if getattr(self, name)[1] > 1:
+                raise ValueError(f"{name}={getattr(self, name)} must stay ≤ 1: a part cannot exceed its image")
+        if self.three_augment and (self.grey or self.blur or self.solarize):
+            raise ValueError(
+                f"three_augment={self.three_augment} takes one of grey, blur and solarize in place of "
+                f"grey={self.grey}, blur={self.blur}, solarize={self.solarize}: set these three to 0"
+            )
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class Source(Frozen):
@@ -534,6 +563,7 @@ class RunConfig(Frozen):
                 f"(data.partitions={self.data.partitions} lowered until it divides data.batch_size={batch}): "
                 "use a number of workers that divides them"
             )
+        self._check_mixing(batch // partitions)
         encoder = self.family.encoder
         if isinstance(encoder, ViT) and self.data.image_size % encoder.patch_size:
             raise ValueError(
@@ -561,6 +591,21 @@ class RunConfig(Frozen):
                 f"must not exceed optim.lr={self.optim.lr}: raise optim.lr or lower them"
             )
         return self
+
+    def _check_mixing(self, per_partition: int) -> None:
+        if not self.data.augment.mixes:
+            return
+        if per_partition < 2:
+            raise ValueError(
+                f"data.augment.mixup and cutmix need two samples of a partition in a step, and data.partitions="
+                f"{self.data.partitions} leaves one of data.batch_size={self.data.batch_size}: lower data.partitions"
+            )
+        for name in ("loss", "regulariser"):
+            if getattr(getattr(self.family, name, None), "kind", None) == "nt_xent":
+                raise ValueError(
+                    f"data.augment.mixup and cutmix with family.{name}.kind=nt_xent: it pushes a sample away from all "
+                    "others, and a mixed one is partly another: set both to 0, or take another loss"
+                )
 
     @property
     def mask_grid(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ Shape legend: B images, C = 3 channels, H×W source pixels, S side of a view.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -21,16 +21,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.config import Augment
-from service.data.draws import key, uniform
+from service.config import Augment, Range
+from service.data.draws import key, normal, uniform
+from service.data.pixels import LUMA, affine, change, inside, resample
+from service.data.randaugment import DRAWS, Operations, draw_operations, randaugment
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 _CROP_TRIES = 10
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 _CROP_DRAWS = 2 * _CROP_TRIES + 2
 _DRAWS = (_CROP_DRAWS, 3, 6, 3)  # crop; flip, rotation, shear; colour; blur, its width, solarize
+_OPERATIONS, _ERASE, _NOISE = 1, 2, 3  # streams of further draws, which views without them need not make
 _CACHED = 1 << 16  # pixels that a core's cache holds through all that happens to them
 
 
@@ -60,6 +62,11 @@ class _Parameters(NamedTuple):
     blurred: Tensor  # (B,)
     sigma: Tensor  # (B,), in pixels
     solarized: Tensor  # (B,)
+    operation: Tensor  # (B, N), of RandAugment, with their levels and signs
+    level: Tensor  # (B, N)
+    sign: Tensor  # (B, N)
+    erased: Tensor  # (B, 4): top, left, height and width of a rectangle in pixels of the view
+    id: Tensor  # (B,), of the sample
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -103,9 +110,12 @@ def random_view(
     Returns:
         Normalised float32, (B, 3, S, S).
     """
-    drawn = uniform(key(seed, epoch, view), ids_B, sum(_DRAWS))
-    of = _draw(drawn, config, *images.shape[-2:], cropped)
-    make = partial(_view, config=config, size=size, resampled=not cropped or config.rotate > 0 or config.shear > 0)
+    if config.three_augment > 0:
+        config = config.model_copy(update=dict.fromkeys(("grey", "blur", "solarize"), config.three_augment / 3))
+    draw = key(seed, epoch, view)
+    of = _draw(draw, ids_B, config, images.shape[-2:], size, cropped)
+    resampled = not cropped or config.rotate > 0 or config.shear > 0
+    make = partial(_view, config=config, size=size, resampled=resampled, noise=key(draw, _NOISE))
     if images.device.type != "cpu":
         return make(images, of)
     last = not _recoloured(config) and images.is_contiguous(memory_format=torch.channels_last)
@@ -129,18 +139,20 @@ def crop_boxes(
     """Draw the crops of `random_view` for images of these sizes: top, left, height and width in pixels, (B, 4)."""
     draws = uniform(key(seed, epoch, view), torch.as_tensor(ids_B), _CROP_DRAWS)
     height, width = (torch.as_tensor(sides, dtype=torch.float32) for sides in (heights_B, widths_B))
-    return torch.stack(_crop_boxes(draws, config, height, width), 1).to(torch.int64).numpy()
+    return torch.stack(_boxes(draws, config.crop_scale, config.crop_ratio, height, width), 1).to(torch.int64).numpy()
 
 
 def _between(u: Tensor, low_high: tuple[float, float]) -> Tensor:
     return low_high[0] + u * (low_high[1] - low_high[0])
 
 
-def _crop_boxes(draws: Tensor, config: Augment, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _boxes(
+    draws: Tensor, area_share: Range, aspect: Range, height: Tensor, width: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width (B,) in whole pixels: the first of ten draws that fits, else the whole image."""
     scale, log_ratio = draws[:, :_CROP_TRIES].T, draws[:, _CROP_TRIES : 2 * _CROP_TRIES].T
-    area = _between(scale, config.crop_scale) * (height * width)
-    low, high = (math.log(r) for r in config.crop_ratio)
+    area = _between(scale, area_share) * (height * width)
+    low, high = (math.log(r) for r in aspect)
     ratio = torch.exp(_between(log_ratio, (low, high)))
     w, h = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
@@ -184,14 +196,46 @@ def _effects(u: Tensor, config: Augment) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, 0] < config.blur, _between(u[:, 1], config.blur_sigma), solarize < config.solarize
 
 
-def _draw(drawn: Tensor, config: Augment, height: int, width: int, cropped: bool) -> _Parameters:
-    crop, turn, colour, effects = drawn.split(_DRAWS, 1)
-    sides = [torch.full_like(crop[:, 0], side) for side in (height, width)]
+def _operations(draw: int, ids: Tensor, config: Augment) -> Operations:
+    chosen = config.randaugment
+    if chosen is None:
+        nothing = torch.empty(len(ids), 0, device=ids.device)
+        return Operations(nothing, nothing, nothing)
+    u = uniform(key(draw, _OPERATIONS), ids, chosen.ops * DRAWS)
+    return draw_operations(u, chosen.magnitude, chosen.spread, chosen.probability)
+
+
+def _erased(draw: int, ids: Tensor, config: Augment, size: int) -> Tensor:
+    """Rectangles (B, 4) to erase of views, of no height where nothing is erased or no rectangle fits."""
+    if config.erase == 0:
+        return torch.zeros(len(ids), 4, device=ids.device)
+    u = uniform(key(draw, _ERASE), ids, _CROP_DRAWS + 1)
+    side = torch.full_like(u[:, 0], size)
+    top, left, h, w = _boxes(u[:, 1:], config.erase_scale, config.erase_ratio, side, side)
+    erased = (u[:, 0] < config.erase) & ((h < size) | (w < size))
+    return torch.stack([top, left, torch.where(erased, h, 0), w], 1)
+
+
+def _draw(draw: int, ids: Tensor, config: Augment, image: Sequence[int], size: int, cropped: bool) -> _Parameters:
+    crop, turn, colour, effects = uniform(draw, ids, sum(_DRAWS)).split(_DRAWS, 1)
+    height, width = image
+    sides = [torch.full_like(crop[:, 0], side) for side in image]
     origin = torch.zeros_like(crop[:, 0])
-    box = (origin, origin, *sides) if cropped else _crop_boxes(crop, config, *sides)
+    box = (origin, origin, *sides) if cropped else _boxes(crop, config.crop_scale, config.crop_ratio, *sides)
     turns = _turns(turn, config)
     theta = affine(*box, *turns, height, width)
-    return _Parameters(theta, turns[0] < 0, *_colours(colour, config), *_effects(effects, config))
+    if config.three_augment > 0:  # grey, blur and solarize take thirds of one draw, end to end
+        u, third = colour[:, -1], config.three_augment / 3
+        effects = torch.stack([(u - third) % 1, effects[:, 1], (u - 2 * third) % 1], 1)
+    return _Parameters(
+        theta,
+        turns[0] < 0,
+        *_colours(colour, config),
+        *_effects(effects, config),
+        *_operations(draw, ids, config),
+        _erased(draw, ids, config, size),
+        ids,
+    )
 
 
 def _empty_views(count: int, size: int, channels_last: bool) -> Tensor:
@@ -203,63 +247,23 @@ def _empty_views(count: int, size: int, channels_last: bool) -> Tensor:
 
 
 def _recoloured(config: Augment) -> bool:
-    return config.jitter > 0 or config.grey > 0
+    return config.jitter > 0 or config.grey > 0 or config.randaugment is not None
 
 
-def _view(images: Tensor, of: _Parameters, *, config: Augment, size: int, resampled: bool) -> Tensor:
+def _view(images: Tensor, of: _Parameters, *, config: Augment, size: int, resampled: bool, noise: int) -> Tensor:
     """Make the views that `of` describes; those that are not resampled are flipped at most."""
     images = images.contiguous() if _recoloured(config) else images  # colours are mixed plane by plane
-    x = resample(images.float(), of.theta, size) if resampled else _change(_flip, images, of.flipped).float()
+    x = resample(images.float(), of.theta, size) if resampled else change(_flip, images, of.flipped).float()
+    if config.randaugment is not None:
+        x = randaugment(x, Operations(of.operation, of.level, of.sign))
     x = _recolour(x, of.matrix, of.contrast, config) if _recoloured(config) else _normalise_bytes(x)
     if config.blur > 0:
-        x = _change(_blur, x, of.blurred, of.sigma)
+        x = change(_blur, x, of.blurred, of.sigma)
     if config.solarize > 0:
-        x = _change(_solarize, x, of.solarized)
+        x = change(_solarize, x, of.solarized)
+    if config.erase > 0:
+        x = change(partial(_erase, noise=noise), x, of.erased[:, 2] > 0, of.erased, of.id)
     return x
-
-
-def _change(how: Callable[..., Tensor], x: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
-    """Change the chosen images: a CPU leaves the others out, a GPU cannot without waiting to learn which they are."""
-    if x.device.type != "cpu":
-        return torch.where(chosen.view(-1, 1, 1, 1), how(x, *parameters), x)
-    rows = chosen.nonzero()[:, 0]
-    if len(rows) in (0, len(x)):
-        return how(x, *parameters) if len(rows) else x
-    return x.index_copy(0, rows, how(x[rows], *(each[rows] for each in parameters)))
-
-
-def affine(
-    top: Tensor,
-    left: Tensor,
-    h: Tensor,
-    w: Tensor,
-    sign: Tensor,
-    angle: Tensor,
-    shear: Tensor,
-    height: int,
-    width: int,
-) -> Tensor:
-    """Cut, flip, shear and turn images of (height, width) by one matrix each, (B, 2, 3), for `resample`."""
-    cos, sin, slant = torch.cos(angle), torch.sin(angle), torch.tan(shear)
-    to_x, to_y = w / width, h / height
-    return torch.stack(
-        [
-            torch.stack([sign * cos * to_x, (cos * slant - sin) * to_x, (2 * left + w) / width - 1], -1),
-            torch.stack([sign * sin * to_y, (sin * slant + cos) * to_y, (2 * top + h) / height - 1], -1),
-        ],
-        1,
-    )
-
-
-def resample(x_BCHW: Tensor, theta_B23: Tensor, size: int) -> Tensor:
-    """Sample each image bilinearly to (size, size) where its matrix leads; outside an image its edge is repeated.
-
-    The result of a plain crop equals cutting it out and calling `interpolate(…, mode="bilinear")` on it.
-    """
-    centres = (2 * torch.arange(size, device=x_BCHW.device) + 1) / size - 1
-    across, down, shift = (theta_B23[:, :, None, :] * torch.ones_like(centres)[:, None]).unbind(-1)
-    grid = (across * centres + shift)[:, :, None, :] + (down * centres)[:, :, :, None]
-    return F.grid_sample(x_BCHW, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _recolour(x: Tensor, matrix: Tensor, contrast: Tensor, config: Augment) -> Tensor:
@@ -302,6 +306,12 @@ def _solarize(x: Tensor) -> Tensor:
     """Invert normalised values that stand for 1/2 and more."""
     mean, std = _constants(x.device)[:2]
     return torch.where(x >= (0.5 - mean) / std, (1 - 2 * mean) / std - x, x)
+
+
+def _erase(x: Tensor, box: Tensor, ids: Tensor, *, noise: int) -> Tensor:
+    """Put normal noise, of the views' mean and variance, in place of rectangles (B, 4) (Zhong et al. 2020)."""
+    drawn = normal(uniform(noise, ids, x[0].numel())).view_as(x)
+    return torch.where(inside(box, x.shape[-1]), drawn, x)
 
 
 def _factor(u: Tensor, strength: float) -> Tensor:

@@ -12,7 +12,7 @@ from datasets_prep.permute import GOLDEN, MASK, MIX1, MIX2, hash_numpy, key, per
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["hash_numpy", "hash_torch", "key", "permutation", "uniform"]
+__all__ = ["hash_numpy", "hash_torch", "key", "normal", "permutation", "uniform"]
 
 
 def _signed(value: int) -> int:
@@ -49,3 +49,10 @@ def uniform(key_: int, ids: torch.Tensor, draws: int) -> torch.Tensor:
     per_sample = hash_torch(key_, ids)[:, None]
     columns = hash_torch(~key_ & MASK, torch.arange(draws, device=ids.device))[None, :]
     return _shift(hash_torch(0, per_sample ^ columns), 40).to(torch.float32) * 2.0**-24
+
+
+def normal(u: torch.Tensor) -> torch.Tensor:
+    """Turn uniforms of `uniform` into standard normals, up to 5.4 standard deviations either way."""
+    import torch
+
+    return torch.special.ndtri(u.clamp(min=2.0**-25))  # 0 is drawn, 1 is not

@@ -20,10 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from service.collectives import from_rank_0, mean_over_ranks, world_size
-from service.config import RunConfig, parse_interval
+from service.config import RunConfig, canonical_partitions, parse_interval
 from service.data.augment import random_view
 from service.data.batches import open_batches
 from service.data.draws import hash_torch, key
+from service.data.mix import Mixes, draw_mixes, mix
 from service.data.resident import ResidentBatches
 from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
@@ -45,7 +46,7 @@ from service.tracking import stored_metrics
 log = logging.getLogger(__name__)
 Row = dict[str, float]
 RowSink = Callable[[int, Row], None]
-_KEYS = 1  # stream of the random keys that samples get at each step
+_KEYS, _MIXES = 1, 2  # streams of draws: the random keys that samples get at each step, and how they are mixed
 
 
 class TrainingFailed(RuntimeError):
@@ -185,22 +186,35 @@ class Trainer:
         seed, size, rank = self.config.seed, len(ids), self.worker.rank
         start, stop = rank * size, (rank + 1) * size
         views = self._views(images, ids, step // self.length.steps_per_epoch)
+        if self.config.data.augment.mixes:
+            views = mix(views, self._mixes(step, range(start, stop), views.device))
+        views = self._format(views)
         keys = hash_torch(key(seed, step, _KEYS), torch.arange(start, stop, device=views.device))
         masks = self.family.draw_masks(seed, step, start, stop, step / self.length.total)
         drawn = () if masks is None else (torch.from_numpy(part).to(views.device) for part in masks)
         return Batch(views, keys, *drawn)
 
+    def _mixes(self, step: int, positions: range, device: torch.device) -> Mixes:
+        data = self.config.data
+        per_partition = data.batch_size // canonical_partitions(data.partitions, data.batch_size)
+        alphas = {"mixup": data.augment.mixup, "cutmix": data.augment.cutmix}
+        return draw_mixes(key(self.config.seed, _MIXES), step, positions, per_partition, device=device, **alphas)
+
     def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        """Augmented views, (V, B, 3, S, S), in the run's number and memory format."""
-        data, compute = self.config.data, self.config.compute
+        """Augmented views, (V, B, 3, S, S)."""
+        data = self.config.data
         cropped = images.ndim == 5
         options = {"config": data.augment, "size": data.image_size, "seed": self.config.seed, "epoch": epoch}
-        views = torch.stack(
+        return torch.stack(
             [
                 random_view(images[v] if cropped else images, ids, view=v, cropped=cropped, **options)
                 for v in range(self.family.views)
             ]
         )
+
+    def _format(self, views: Tensor) -> Tensor:
+        """Views (V, B, 3, S, S) in the run's number and memory format."""
+        compute = self.config.compute
         if compute.precision == "fp64":
             return views.double()
         if compute.channels_last:  # of the views as one batch, as the family encodes them

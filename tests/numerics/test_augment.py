@@ -9,6 +9,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from service.config import Augment
 from service.data import augment
+from service.data import pixels as pixels_of
 from service.data.draws import hash_numpy, hash_torch, key, uniform
 from tests.bench.image_step import published_view
 
@@ -58,7 +59,7 @@ def test_a_view_depends_on_the_sample_not_on_its_batch():
 
 
 def resampled(image, *warp):
-    return augment.resample(image, augment.affine(*warp, *image.shape[-2:]), 24)
+    return pixels_of.resample(image, pixels_of.affine(*warp, *image.shape[-2:]), 24)
 
 
 def test_a_crop_equals_cut_and_interpolate():
@@ -178,7 +179,7 @@ def test_jitter_factors_are_drawn_like_torchvisions():
     jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
     factors = [jitter.make_params([]) for _ in range(count)]
     matrices, contrast = augment._colours(uniform(key(4), torch.arange(count), 6), config)
-    luma = torch.tensor(augment.LUMA)
+    luma = torch.tensor(pixels_of.LUMA)
     brightness = luma @ matrices @ torch.ones(3)  # grey stays grey under saturation and hue
     yiq = augment._constants(matrices.device).to_yiq @ matrices @ augment._constants(matrices.device).to_rgb
     saturation = torch.hypot(yiq[:, 1, 1], yiq[:, 2, 1]) / brightness
@@ -237,3 +238,53 @@ def test_rotation_stays_within_its_bound():
     assert shear.abs().max() <= np.radians(10) and shear.abs().max() > np.radians(9.5)
     assert abs(torch.corrcoef(torch.stack([angle, shear]))[0, 1]) < 0.05
     assert abs((sign < 0).float().mean().item() - 0.5) < 0.03
+
+
+ERASE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)} | OFF
+
+
+def test_erased_rectangles_are_drawn_like_torchvisions():
+    count, size = 5000, 32
+    image = torch.zeros(3, size, size)
+    torch.manual_seed(0)
+    eraser = v2.RandomErasing(p=1.0, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
+    params = [eraser.make_params([image]) for _ in range(count)]
+    theirs = np.array([[p["i"], p["j"], p["h"], p["w"]] for p in params], float)
+    drawn = augment._erased(key(1), torch.arange(count), Augment(erase=1.0), size).numpy()
+    np.testing.assert_allclose(drawn.mean(0), theirs.mean(0), rtol=0.03)
+    np.testing.assert_allclose(drawn.std(0), theirs.std(0), rtol=0.05)
+    assert (drawn[:, 2] > 0).all() and (drawn[:, :2] + drawn[:, 2:]).max() <= size
+    some = augment._erased(key(1), torch.arange(count), Augment(erase=0.25), size).numpy()
+    assert abs((some[:, 2] > 0).mean() - 0.25) < 0.02
+
+
+def test_erasing_puts_noise_into_a_rectangle_alone():
+    images = pixels(64)
+    plain, erased = (view(images, **ERASE, erase=p) for p in (0.0, 0.5))
+    boxes = augment._erased(key(3, 1, 0), torch.arange(64), Augment(erase=0.5), 24)
+    assert 20 < (boxes[:, 2] > 0).sum() < 44
+    constants = augment._constants(images.device)
+    for before, after, (top, left, h, w) in zip(plain, erased, boxes.int().tolist(), strict=True):
+        differs = (before != after).any(0)
+        assert differs[top : top + h, left : left + w].float().mean() > 0.99 or not h
+        assert differs.sum() <= h * w
+    noise = ((erased - constants.mean) / constants.std)[(plain != erased).any(1, keepdim=True).expand_as(plain)]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    for other in ({"erase_scale": (0.1, 0.1)}, {"erase_ratio": (3.0, 3.0)}):
+        assert not torch.equal(erased, view(images, **ERASE, erase=0.5, **other))
+
+
+def test_three_augment_takes_exactly_one_of_three():
+    image = pixels(seed=2, side=24).expand(800, -1, -1, -1)
+    one = {name: view(image[:1], **ERASE | {name: 1.0}) for name in ("grey", "solarize")}
+    plain = view(image[:1], **ERASE)
+    strong = {"blur_sigma": (1.0, 2.0)}
+    got = view(image, **ERASE, **strong, three_augment=0.9)
+
+    def share(like):
+        return ((got - like).abs().amax((1, 2, 3)) < 1e-3).float().mean().item()
+
+    shares = {"grey": share(one["grey"]), "solarize": share(one["solarize"]), "none": share(plain)}
+    np.testing.assert_allclose([*shares.values()], [0.3, 0.3, 0.1], atol=0.05)
+    blurred = view(image[:50], **ERASE | strong | {"blur": 1.0}) - plain
+    assert blurred.abs().amax((1, 2, 3)).min() > 1e-3

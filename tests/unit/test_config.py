@@ -1,11 +1,13 @@
 import ast
 import json
+import re
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from torch.optim import SGD, AdamW
 
@@ -76,7 +78,10 @@ def test_all_errors_come_at_once_with_the_nearest_names():
         ("data.partitions=3", "parallel.workers=4 must divide the 2 canonical partitions"),
         ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'lamb', 'sgd', 'adam', 'adamw'"),
         ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),
-        ("data.augment.crop_scale=[0.1,1.5]", "a crop cannot exceed its image"),
+        ("data.augment.crop_scale=[0.1,1.5]", "a part cannot exceed its image"),
+        ("data.augment.three_augment=1", "in place of grey=0.2, blur=0.0, solarize=0.1: set these three to 0"),
+        ("data.augment.randaugment.magnitude=11", "magnitude=11: Input should be less than or equal to 10"),
+        ("data.augment.erase_scale=[0.5,0.1]", "erase_scale=(0.5, 0.1) must be (low, high)"),
         ("data.val_split=train", "must differ: scores need unseen samples"),
         ("tracking.model=team/vit", "tracking.model='team/vit'"),
         ("optim.weight_decay_of.predictor=0.04", "names no trained component of family 'image_vicreg': use encoder or"),
@@ -111,6 +116,17 @@ def test_masks_that_cannot_exist_are_config_errors():
         recipes.load("ijepa-cpu", ["family.masking.kind=reference"])
     with pytest.raises(UserError, match="width=100 must be divisible by 4 × heads=12: use width=96"):
         recipes.load("ijepa-cpu", ["family.predictor.width=100", "family.predictor.heads=12"])
+
+
+@pytest.mark.parametrize("page", ["optimisers", "augmentation"])
+def test_settings_shown_in_the_docs_are_settings(page):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        shown = yaml.safe_load(block)
+        rooms = {"data": shown} if "augment" in shown else shown
+        overrides = [f"{room}={json.dumps(settings)}" for room, settings in rooms.items()]
+        assert recipes.load("ijepa-cpu", overrides) != recipes.load("ijepa-cpu")
 
 
 def test_unknown_recipes_and_broken_files(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import gt, lt
 from statistics import fmean, pstdev
 from typing import Any
@@ -59,7 +59,7 @@ def _setting(config: RunConfig, name: str) -> tuple[Any, ...]:
     """The value of a dotted name as one element, nothing where this run has no such setting."""
     value: Any = config
     for part in name.split("."):
-        if part not in type(value).model_fields:
+        if part not in getattr(type(value), "model_fields", ()):
             return ()
         value = getattr(value, part)
     return (value,)
@@ -155,14 +155,14 @@ class Alarms:
         config: of the run.
         warmup: steps of its warm-up.
         history: metrics of steps that the run has taken before, by step.
-        start: step that it goes on from; alarms of later steps have been told, and are not told again.
+        start: step that it goes on from.
     """
 
     def __init__(self, config: RunConfig, warmup: int, history: Mapping[int, Row], start: int) -> None:
         self._config, self._warmup = config, warmup
         self._series: dict[str, list[tuple[int, float]]] = {}
-        later = ((step, *metric) for step, row in history.items() if step > start for metric in row.items())
-        self._told = {event for event in later if event[1].startswith(PREFIX)}
+        events = ((step, name, value) for step, row in history.items() for name, value in row.items())
+        self._told = [event for event in events if event[1].startswith(PREFIX)]
         for step in sorted(step for step in history if step <= start):
             self._add(step, history[step])
         if start and "loss" not in self._series:
@@ -177,13 +177,14 @@ class Alarms:
         self.active = found
         return changed
 
-    def messages(self, step: int, changed: Row) -> Iterable[str]:
-        """What to tell of alarms that changed, but for what an earlier life of the run has told."""
+    def messages(self, step: int, changed: Row) -> Iterator[str]:
+        """What to tell of alarms that changed, but for what an earlier life of the run has told of them."""
         for metric, began in changed.items():
-            name = metric.removeprefix(PREFIX)
-            if (step, metric, began) in self._told:
-                continue
-            yield self.message(name, step) if began else f"alarm {name} ended at step {step}"
+            before = max((event for event in self._told if event[0] <= step and event[1] == metric), default=None)
+            self._told.append((step, metric, began))
+            if before is None or before[2] != began:
+                name = metric.removeprefix(PREFIX)
+                yield self.message(name, step) if began else f"alarm {name} ended at step {step}"
 
     def message(self, name: str, step: int) -> str:
         """An active alarm with its cure."""

@@ -6,8 +6,7 @@ import io
 from typing import Any
 
 _QUALITY = {
-    "effective_rank": "effective rank",
-    "rank_ratio": "÷ dimensions",
+    "effective_rank": "eff. rank",
     "rankme": "RankMe",
     "lidar": "LiDAR",
     "alpha_req": "α",
@@ -49,7 +48,7 @@ def _quality_table(quality: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title="quality of the features, without labels")
-    table.add_column("representation")
+    table.add_column("representation", no_wrap=True)
     for heading in _QUALITY.values():
         table.add_column(heading, justify="right")
     for name, metrics in quality.items():

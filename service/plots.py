@@ -70,13 +70,15 @@ def _enlarge(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return big
 
 
+_NORMS = "norm of gradient and weights"
 _SPECTRAL, _SPREAD = ("effective_rank", "rankme", "lidar"), ("std_mean", "std_min")
 _PANELS: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name == "loss",
-    "learning rate and momentum": lambda name: name in ("lr", "momentum"),
+    "learning rate": lambda name: name == "lr",
+    "momentum of the target encoder": lambda name: name == "momentum",
     "rank": lambda name: name.startswith("monitor/") and name.endswith(_SPECTRAL),
     "standard deviation of a dimension": lambda name: name.startswith("monitor/") and name.endswith(_SPREAD),
-    "norm of gradient and weights": lambda name: name in ("monitor/grad_norm", "monitor/weight_norm"),
+    _NORMS: lambda name: name in ("monitor/grad_norm", "monitor/weight_norm"),
     "validation probe, %": lambda name: name == "val_linear",
 }
 
@@ -95,14 +97,8 @@ def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
         for name in chosen:
             points = [(step, metrics[step][name]) for step in sorted(metrics) if name in metrics[step]]
             axes.plot(*zip(*points, strict=True), label=name.removeprefix("monitor/"), linewidth=1)
-        axes.set_yscale("log" if _wide(metrics, chosen) else "linear")
+        axes.set_yscale("log" if title == _NORMS else "linear")
         axes.legend(fontsize="small")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100)
     return png.getvalue()
-
-
-def _wide(metrics: Mapping[int, Mapping[str, float]], names: list[str]) -> bool:
-    """Whether positive values span so much that a linear axis would hide the small ones."""
-    values = [row[name] for row in metrics.values() for name in names if name in row]
-    return min(values) > 0 and max(values) > 100 * min(values)

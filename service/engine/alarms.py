@@ -31,7 +31,8 @@ CURES = {
     ),
     "not_finite": (
         ("lower", "optim.lr"),
-        ("clip at 1.0 with", "optim.clip_norm"),
+        ("set", "optim.clip_norm"),
+        ("lower", "optim.clip_norm"),
         ("lengthen", "schedule.warmup_epochs"),
     ),
     "no_learning": (
@@ -50,9 +51,13 @@ _FALLS = 2  # validation probes in a row that are worse than the best
 
 
 def cure(alarm: str, config: RunConfig) -> str:
-    """What to change, in the settings that this run has: 'raise family.loss.std (now 0.0) or …'."""
-    present = [(verb, name, _setting(config, name)) for verb, name in CURES[alarm]]
-    return " or ".join(f"{verb} {name} (now {value[0]})" for verb, name, value in present if value)
+    """What to change, in the settings that this run has: 'raise family.loss.std (now 0.0) or …'.
+
+    What is none can only be set, and what is set only be changed.
+    """
+    present = [(verb, name, value) for verb, name in CURES[alarm] for value in _setting(config, name)]
+    fitting = [each for each in present if (each[0] == "set") == (each[2] is None)]
+    return " or ".join(f"{verb} {name} (now {value})" for verb, name, value in fitting)
 
 
 def _setting(config: RunConfig, name: str) -> tuple[Any, ...]:

@@ -78,11 +78,18 @@ def test_every_alarm_of_every_recipe_has_a_cure_among_its_settings(name):
 
 
 def test_every_cure_is_a_setting_of_some_recipe():
-    configs = [recipes.load(name) for name in recipes.names()]
+    configs = [recipes.load(name, changes) for name in recipes.names() for changes in ([], ["optim.clip_norm=1"])]
     for alarm, advice in CURES.items():
         said = " ".join(cure(alarm, each) for each in configs)
         assert all(f"{verb} {setting} (now" in said for verb, setting in advice)
     assert cure("collapse", recipes.load("rapid")).startswith("raise family.loss.std (now 25.0) or ")
+
+
+def test_what_is_none_is_set_and_what_is_set_is_changed():
+    advice = cure("not_finite", config())
+    assert "set optim.clip_norm (now None)" in advice and "lower optim.clip_norm" not in advice
+    advice = cure("not_finite", tiny(optim__clip_norm=2))
+    assert "lower optim.clip_norm (now 2.0)" in advice and "set optim.clip_norm" not in advice
 
 
 def measured(variance):

@@ -5,6 +5,15 @@ from __future__ import annotations
 import io
 from typing import Any
 
+_QUALITY = {
+    "effective_rank": "eff. rank",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "alpha_req": "α",
+    "uniformity": "uniformity",
+    "alignment": "alignment",
+    "std_mean": "std",
+}
 _TITLES = {"raw_pixels": "raw pixels", "random_encoder": "random encoder", "trained": "trained encoder"}
 
 
@@ -29,8 +38,23 @@ def render(result: dict[str, Any]) -> str:
     gains = (paired[column] for column in scores["trained"])
     table.add_row("gain", *(f"{gain['points']:+.1f} ± {gain['half_width']:.1f}" for gain in gains))
     text = io.StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=100).print(table, _quality_table(result["quality"]))
     return text.getvalue()
+
+
+def _quality_table(quality: dict[str, dict[str, Any]]) -> Any:
+    """Label-free metrics of the same features, one row a representation."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title="quality of the features, without labels")
+    table.add_column("representation", no_wrap=True)
+    for heading in _QUALITY.values():
+        table.add_column(heading, justify="right")
+    for name, metrics in quality.items():
+        cells = (f"{metrics[metric]:.3g}" if metric in metrics else "–" for metric in _QUALITY)
+        table.add_row(_TITLES[name], *cells)
+    return table
 
 
 def _heading(column: str) -> str:

@@ -27,6 +27,7 @@ from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease
 RESULT, STATE = "result.json", "state.json"
 STANDBY_SECONDS = 5.0
 FLUSH_SECONDS = 30.0
+_OF_LINE = ("epoch", "lr", "weight_decay", "momentum", "images_per_s")  # not among the losses of a progress line
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, A
             result = json.loads(run.get(RESULT))
             check_lease(run, lease.epoch)
             result |= register(run, tracking_uri, state, made.config)
+            _draw(run, tracking_uri, state["mlflow_run"])
             check_lease(run, lease.epoch)
         except BaseException as error:
             check_lease(run, lease.epoch)  # a driver that was replaced leaves the MLflow run to its successor
@@ -149,6 +151,15 @@ def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) 
     state = {"mlflow_run": run_id, **tags}
     run.put(STATE, json.dumps(state, indent=1).encode())
     return state
+
+
+def _draw(run: Store, uri: str, run_id: str) -> None:
+    """Keep the run's curves as a picture, in its storage and in MLflow."""
+    from service import plots, tracking
+
+    png = plots.curves(tracking.stored_metrics(run))
+    run.put("pictures/curves.png", png)
+    tracking.log_picture(uri, run_id, "curves.png", png)
 
 
 def _end_tracking(uri: str, run_id: str, status: Any) -> None:
@@ -237,8 +248,7 @@ def progress(log: Callable[[int, dict[str, float]], None]) -> Callable[[int, dic
             )
         elif eta is not None and (time.monotonic() - printed > 2 or eta == 0):
             printed = time.monotonic()
-            apart = ("epoch", "lr", "weight_decay", "images_per_s")
-            terms = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in apart)
+            terms = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in _OF_LINE)
             print(
                 f"step {step:>6}  epoch {row['epoch']:.1f}  {terms}  lr {row['lr']:.2g}  "
                 f"{row['images_per_s']:.0f} images/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",

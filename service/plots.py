@@ -1,7 +1,9 @@
-"""Pictures for people: Pillow only, so that a headless machine draws them too."""
+"""Pictures for people, on a headless machine too: tiles by Pillow, curves by Matplotlib's own canvas."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,3 +68,37 @@ def _enlarge(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
     big = cells.repeat(_CELL, 0).repeat(_CELL, 1)
     big[_CELL - 1 :: _CELL], big[:, _CELL - 1 :: _CELL] = 255, 255
     return big
+
+
+_NORMS = "norm of gradient and weights"
+_SPECTRAL, _SPREAD = ("effective_rank", "rankme", "lidar"), ("std_mean", "std_min")
+_PANELS: dict[str, Callable[[str], bool]] = {
+    "loss": lambda name: name == "loss",
+    "learning rate": lambda name: name == "lr",
+    "momentum of the target encoder": lambda name: name == "momentum",
+    "rank": lambda name: name.startswith("monitor/") and name.endswith(_SPECTRAL),
+    "standard deviation of a dimension": lambda name: name.startswith("monitor/") and name.endswith(_SPREAD),
+    _NORMS: lambda name: name in ("monitor/grad_norm", "monitor/weight_norm"),
+    "validation probe, %": lambda name: name == "val_linear",
+}
+
+
+def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
+    """Draw a run's metrics, by step, over its steps: a PNG with the panels that have any."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = sorted({name for row in metrics.values() for name in row})
+    shown = {title: chosen for title, wanted in _PANELS.items() if (chosen := [n for n in names if wanted(n)])}
+    figure = Figure(figsize=(12, 3 * -(-max(1, len(shown)) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, chosen) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(-(-len(shown) // 2), 2, number, title=title, xlabel="step")
+        for name in chosen:
+            points = [(step, metrics[step][name]) for step in sorted(metrics) if name in metrics[step]]
+            axes.plot(*zip(*points, strict=True), label=name.removeprefix("monitor/"), linewidth=1)
+        axes.set_yscale("log" if title == _NORMS else "linear")
+        axes.legend(fontsize="small")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    return png.getvalue()

@@ -88,6 +88,14 @@ def create_run(uri: str, experiment: str, run_name: str, config: RunConfig, tags
         return run.info.run_id
 
 
+def log_picture(uri: str, run_id: str, name: str, png: bytes) -> None:
+    """Put a picture among a run's artifacts, as `pictures/NAME`."""
+    with _faults(uri), tempfile.TemporaryDirectory(prefix="tessera-picture-") as folder:
+        path = Path(folder) / name
+        path.write_bytes(png)
+        _client(uri).log_artifact(run_id, str(path), "pictures")
+
+
 def reopen(uri: str, run_id: str) -> None:
     """Mark an earlier run as running again."""
     with _faults(uri):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import gt, lt
 from statistics import fmean, pstdev
 from typing import Any
@@ -31,7 +31,8 @@ CURES = {
     ),
     "not_finite": (
         ("lower", "optim.lr"),
-        ("clip at 1.0 with", "optim.clip_norm"),
+        ("set", "optim.clip_norm"),
+        ("lower", "optim.clip_norm"),
         ("lengthen", "schedule.warmup_epochs"),
     ),
     "no_learning": (
@@ -50,16 +51,20 @@ _FALLS = 2  # validation probes in a row that are worse than the best
 
 
 def cure(alarm: str, config: RunConfig) -> str:
-    """What to change, in the settings that this run has: 'raise family.loss.std (now 0.0) or …'."""
-    present = [(verb, name, _setting(config, name)) for verb, name in CURES[alarm]]
-    return " or ".join(f"{verb} {name} (now {value[0]})" for verb, name, value in present if value)
+    """What to change, in the settings that this run has: 'raise family.loss.std (now 0.0) or …'.
+
+    What is none can only be set, and what is set only be changed.
+    """
+    present = [(verb, name, value) for verb, name in CURES[alarm] for value in _setting(config, name)]
+    fitting = [each for each in present if (each[0] == "set") == (each[2] is None)]
+    return " or ".join(f"{verb} {name} (now {value})" for verb, name, value in fitting)
 
 
 def _setting(config: RunConfig, name: str) -> tuple[Any, ...]:
     """The value of a dotted name as one element, nothing where this run has no such setting."""
     value: Any = config
     for part in name.split("."):
-        if part not in type(value).model_fields:
+        if part not in getattr(type(value), "model_fields", ()):
             return ()
         value = getattr(value, part)
     return (value,)
@@ -155,14 +160,14 @@ class Alarms:
         config: of the run.
         warmup: steps of its warm-up.
         history: metrics of steps that the run has taken before, by step.
-        start: step that it goes on from; alarms of later steps have been told, and are not told again.
+        start: step that it goes on from.
     """
 
     def __init__(self, config: RunConfig, warmup: int, history: Mapping[int, Row], start: int) -> None:
         self._config, self._warmup = config, warmup
         self._series: dict[str, list[tuple[int, float]]] = {}
-        later = ((step, *metric) for step, row in history.items() if step > start for metric in row.items())
-        self._told = {event for event in later if event[1].startswith(PREFIX)}
+        events = ((step, name, value) for step, row in history.items() for name, value in row.items())
+        self._told = [event for event in events if event[1].startswith(PREFIX)]
         for step in sorted(step for step in history if step <= start):
             self._add(step, history[step])
         if start and "loss" not in self._series:
@@ -177,13 +182,14 @@ class Alarms:
         self.active = found
         return changed
 
-    def messages(self, step: int, changed: Row) -> Iterable[str]:
-        """What to tell of alarms that changed, but for what an earlier life of the run has told."""
+    def messages(self, step: int, changed: Row) -> Iterator[str]:
+        """What to tell of alarms that changed, but for what an earlier life of the run has told of them."""
         for metric, began in changed.items():
-            name = metric.removeprefix(PREFIX)
-            if (step, metric, began) in self._told:
-                continue
-            yield self.message(name, step) if began else f"alarm {name} ended at step {step}"
+            before = max((event for event in self._told if event[0] <= step and event[1] == metric), default=None)
+            self._told.append((step, metric, began))
+            if before is None or before[2] != began:
+                name = metric.removeprefix(PREFIX)
+                yield self.message(name, step) if began else f"alarm {name} ended at step {step}"
 
     def message(self, name: str, step: int) -> str:
         """An active alarm with its cure."""

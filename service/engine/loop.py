@@ -317,6 +317,7 @@ def _steps(
         monitor.collect(done, losses.features)
         if log_due(done) or last:
             rates = {"lr": trainer.lr(step), "weight_decay": trainer.weight_decay(step)}
+            rates |= trainer.family.scheduled(done / length.total)
             row = _read_row(losses, batches.budget.used) | rates | meter.read(done)
             if trainer.scaler.is_enabled():
                 row["loss_scale"] = trainer.scaler.get_scale()

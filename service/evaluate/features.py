@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.config import Compute, Data
-from service.data.augment import resize_normalise
+from service.data.augment import random_view, resize_normalise
 from service.data.batches import sequential
 from service.data.split import DataSplit
 from service.engine.worker import Worker
 
 _RAW_SIDE = 32
+_VIEW_BATCH = 256
 
 
 class RawPixels(nn.Module):
@@ -40,15 +41,38 @@ def extract(
     encoder.eval()
     parts: list[Tensor] = []
     for images, readable in sequential(split, data, start, stop, batch_size):
-        features = _encode(encoder, images, data.eval_image_size, compute, worker)
+        x = resize_normalise(images.to(worker.device), data.eval_image_size)
+        features = _encode(encoder, x, compute, worker)
         parts.append(torch.cat([features, readable[:, None].float()], 1))
     encoder.train(training)
     gathered = _gather(torch.cat(parts), [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)], worker)
     return gathered[:, :-1].contiguous(), gathered[:, -1] > 0
 
 
-def _encode(encoder: nn.Module, images: Tensor, size: int, compute: Compute, worker: Worker) -> Tensor:
-    x = resize_normalise(images.to(worker.device), size)
+@torch.inference_mode()
+def extract_views(
+    encoder: nn.Module, split: DataSplit, *, data: Data, compute: Compute, worker: Worker, samples: int, views: int
+) -> Tensor:
+    """Encode augmented views of a split's first samples; every rank encodes all.
+
+    Returns:
+        Features of the readable ones, (V, N, D) float32, on the CPU.
+    """
+    training = encoder.training
+    encoder.eval()
+    parts: list[Tensor] = []
+    first = 0
+    for images, readable in sequential(split, data, 0, min(samples, split.samples), _VIEW_BATCH):
+        ids = torch.arange(first, first + len(images), device=worker.device)
+        first += len(images)
+        options = {"config": data.augment, "size": data.eval_image_size, "seed": 0, "epoch": 0}
+        drawn = [random_view(images.to(worker.device), ids, view=v, **options) for v in range(views)]
+        parts.append(torch.stack([_encode(encoder, x, compute, worker) for x in drawn])[:, readable])
+    encoder.train(training)
+    return torch.cat(parts, 1)
+
+
+def _encode(encoder: nn.Module, x: Tensor, compute: Compute, worker: Worker) -> Tensor:
     x = x.double() if compute.precision == "fp64" else x
     if compute.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -14,13 +14,14 @@ from service.config import RunConfig
 from service.data.split import DataSplit
 from service.data.store import Store
 from service.engine.worker import Worker
-from service.evaluate import linear_probe
-from service.evaluate.features import RawPixels, extract
+from service.evaluate import linear_probe, quality
+from service.evaluate.features import RawPixels, extract, extract_views
 from service.evaluate.report import Scores, evaluate_features, gains, percentages
 from service.models.encoder import build_encoder
 
 _DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
 _VERSION = "linear-v1"
+_QUALITY_SAMPLES = 1024  # of a split, in its random order: metrics of rank compare at equal numbers only
 
 
 def random_encoder(config: RunConfig) -> nn.Module:
@@ -66,18 +67,22 @@ class Protocol:
         return self.validation(encoder) | head | self.table(encoder, reported)
 
     def table(self, encoder: nn.Module, split: str) -> dict[str, Any]:
-        """Scores of the three encoders on `split`, and paired intervals of the trained one over the baselines."""
+        """Scores and quality of the three encoders' features, and paired intervals of the trained one's gains."""
         random = random_encoder(self.config).to(self.worker.device)
         random = random.double() if self.config.compute.precision == "fp64" else random
         encoders = {"raw_pixels": RawPixels(), "random_encoder": random, "trained": encoder}
-        reports = {name: self._report(module, split) for name, module in encoders.items()}
-        return {"scores": {name: percentages(r) for name, r in reports.items()}, "paired": gains(reports)}
+        features = {name: self._features(module, split) for name, module in encoders.items()}
+        reports = {name: self._report(module, features[name]) for name, module in encoders.items()}
+        return {
+            "scores": {name: percentages(r) for name, r in reports.items()},
+            "paired": gains(reports),
+            "quality": {name: self._quality(module, features[name][0], split) for name, module in encoders.items()},
+        }
 
-    def _report(self, encoder: nn.Module, split: str) -> Scores:
-        train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
+    def _report(self, encoder: nn.Module, held_out: tuple[Tensor, Tensor]) -> Scores:
         options = self.config.eval
         return evaluate_features(
-            *train,
+            *self._features(encoder, self.config.data.train_split),
             *held_out,
             classes=self._classes,
             c=options.probe_c,
@@ -87,6 +92,22 @@ class Protocol:
             draws=options.label_draws,
             seed=_DRAW_SEED,
         )
+
+    def _quality(self, encoder: nn.Module, features: Tensor, split: str) -> dict[str, Any]:
+        """Metrics of a split's features, (N, D), with those of two augmented views beside, and verdicts."""
+        views = extract_views(
+            encoder,
+            DataSplit(self.store, self.index, split),
+            data=self.config.data,
+            compute=self.config.compute,
+            worker=self.worker,
+            samples=_QUALITY_SAMPLES,
+            views=2,
+        )
+        metrics = quality.report(features[None, :_QUALITY_SAMPLES])
+        metrics |= {"alignment": float(quality.alignment(views)), "lidar": float(quality.lidar(views))}
+        rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        return rounded | {"verdicts": quality.verdicts(metrics)}
 
     @property
     def _classes(self) -> int:

@@ -85,3 +85,7 @@ class Family(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Update what gradients do not, `progress` in (0, 1] through the run; after a taken optimiser step only."""
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """What the family changes over the run, by name, `progress` in (0, 1] through it; reported with the losses."""
+        return {}

@@ -78,6 +78,10 @@ class IJepaFamily(Family):
         """Let the target encoder follow: w̄ ← τ·w̄ + (1 − τ)·w."""
         follow(self.target_encoder, self.context_encoder, momentum(self.config.momentum, progress))
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """The target encoder's momentum."""
+        return {"momentum": momentum(self.config.momentum, progress)}
+
 
 def momentum(config: Momentum, progress: float) -> float:
     """τ after `progress` in [0, 1] of the run."""

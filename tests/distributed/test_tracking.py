@@ -103,6 +103,11 @@ def test_a_resumed_run_sends_no_step_twice(server, client, run_id, tmp_path):
     assert history(client, run_id, "val/linear") == [(30, 61.0)]
 
 
+def test_a_picture_lies_among_the_artifacts(server, client, run_id):
+    tracking.log_picture(server.uri, run_id, "curves.png", b"\x89PNG")
+    assert Path(client.download_artifacts(run_id, "pictures/curves.png")).read_bytes() == b"\x89PNG"
+
+
 def test_sync_sends_what_an_absent_server_missed(server, client, run_id, tmp_path):
     store = Store(tmp_path)
     for steps in ((1, 2), (2, 3)):  # two sessions; the second repeats a step

@@ -280,6 +280,7 @@ def test_what_a_run_keeps(few_digits, tmp_path):
     assert set(result["scores"]) == {"raw_pixels", "random_encoder", "trained"}
     assert set(result["scores"]["trained"]) == {"1", "all", "knn"}
     assert result["reported_split"] == "test"
+    assert set(result["quality"]) == set(result["scores"])
     described = json.loads(store.get("encoder/preprocessing.json"))
     assert described["resize"] == [16, 16] and described["output"]["shape"] == [-1, 64]
 

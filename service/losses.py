@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.collectives import all_gather_rows, all_reduce_sum, world_size
+from service.collectives import all_gather_rows, all_reduce_sum, rank, world_size
 
 VARIANCE_EPS = 1e-4
 
@@ -62,6 +62,29 @@ def variance_covariance(
     off_diagonal = gram.square().sum() / (samples - 1) ** 2 - variance_D.square().sum()
     hinge = torch.relu(gamma - torch.sqrt(variance_D + VARIANCE_EPS)).mean()
     return hinge, off_diagonal / (dim if cov_norm == "paper" else dim * (dim - 1))
+
+
+def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, SimCLR, eq. 1) in at least fp32.
+
+    Each embedding has to find the other view of its image among all other embeddings of the global batch, both views.
+
+    Args:
+        z1_BD: embeddings of the first view, (B, D), of any length: similarity is the cosine.
+        z2_BD: embeddings of the second view, (B, D).
+        temperature: divisor of the cosines.
+
+    Returns:
+        Mean over this rank's 2B embeddings, a scalar.
+    """
+    views = [z if z.dtype == torch.float64 else z.float() for z in (z1_BD, z2_BD)]
+    with torch.autocast(z1_BD.device.type, enabled=False):
+        own = torch.stack([F.normalize(z, dim=1) for z in views], 1).flatten(0, 1)  # views of an image side by side
+        logits = own @ all_gather_rows(own).T / temperature
+    here = torch.arange(len(own), device=own.device)
+    itself = here + len(own) * rank()
+    logits = logits.index_put((here, itself), logits.new_tensor(-torch.inf))
+    return F.cross_entropy(logits, itself ^ 1)
 
 
 def prediction_loss(predicted: Tensor, wanted: Tensor, kind: Literal["smooth_l1", "mse", "cosine"]) -> Tensor:

@@ -20,6 +20,8 @@ PREFIX = "alarm/"
 CURES = {
     "collapse": (
         ("raise", "family.loss.std"),
+        ("raise", "family.loss.weight"),
+        ("raise", "family.loss.sigreg"),
         ("raise", "family.momentum.start"),
         ("enlarge", "family.masking.targets.scale"),
         ("lower", "optim.lr"),
@@ -59,7 +61,7 @@ def _setting(config: RunConfig, name: str) -> tuple[Any, ...]:
     """The value of a dotted name as one element, nothing where this run has no such setting."""
     value: Any = config
     for part in name.split("."):
-        if part not in type(value).model_fields:
+        if part not in getattr(type(value), "model_fields", ()):
             return ()
         value = getattr(value, part)
     return (value,)

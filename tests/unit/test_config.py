@@ -21,7 +21,7 @@ def test_every_recipe_loads_and_states_its_covariance_divisor(name):
     config = recipes.load(name)
     assert config.name == name
     assert recipes.describe(name)
-    if config.family.kind == "image_vicreg":
+    if config.family.kind == "image_vicreg" and "vicreg" in config.family.loss.kind:
         assert "cov_norm" in (recipes.RECIPES / f"{name}.yaml").read_text()
 
 

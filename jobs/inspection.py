@@ -42,13 +42,13 @@ def augmented_sheet(split: DataSplit, config: RunConfig | None) -> Image.Image:
         split: of the images.
         config: of the run; None takes the defaults' augmentation and two views.
     """
-    from service.families import FAMILIES
-
     data = config.data if config else _defaults(split)
-    views = FAMILIES[config.family.kind].views if config else 2
+    views = config.family.views if config else 2
     pictures = read_pictures(split, choose(split.labels, _AUGMENTED))
     drawn = augmented(split, pictures, data, views=views, epochs=_EPOCHS, seed=config.seed if config else 0)
-    names = [f"epoch {epoch}, view {view}" for epoch in range(1, _EPOCHS + 1) for view in range(1, views + 1)]
+    of_epoch = [f"view {view}" for view in range(1, views + 1)]
+    of_epoch += [f"local crop {crop}" for crop in range(1, data.local.count + 1)] if data.local else []
+    names = [f"epoch {epoch}, {name}" for epoch in range(1, _EPOCHS + 1) for name in of_epoch]
     rows = [Row([each.pixels, *row], _class(split, each)) for each, row in zip(pictures, drawn, strict=True)]
     return draw(f"{_heading(split)}, views of {data.image_size} pixels", rows, ["stored", *names])
 
@@ -56,10 +56,10 @@ def augmented_sheet(split: DataSplit, config: RunConfig | None) -> Image.Image:
 def augmented(
     split: DataSplit, pictures: Sequence[Picture], data: Data, *, views: int, epochs: int, seed: int
 ) -> list[list[Pixels]]:
-    """Make the views of each picture that training gives its family, in turn (S, S, 3) of the epochs' views."""
+    """Make the views of each picture that training gives its family, (S, S, 3): each epoch's, then its local crops."""
     import torch
 
-    from service.data.augment import MEAN, STD, random_view
+    from service.data.augment import MEAN, STD, draw_views, view_kinds
     from service.data.batches import choose_decoder
 
     decoder = choose_decoder([split], data, views=views, seed=seed)
@@ -68,25 +68,17 @@ def augmented(
     columns: list[Pixels] = []
     for epoch in range(epochs):
         decoded = decoder.decode([memoryview(picture.data) for picture in pictures], ids, epoch)
-        batch = torch.from_numpy(np.stack([_whole(pixels) for pixels in decoded])).movedim(-1, -3)
-        for view in range(views):
-            cropped = batch.ndim == 5
-            seen = random_view(
-                batch[:, view] if cropped else batch,
-                torch.from_numpy(ids),
-                config=data.augment,
-                size=data.image_size,
-                seed=seed,
-                epoch=epoch,
-                view=view,
-                cropped=cropped,
-            )
-            levels = ((seen * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            columns.append(levels.movedim(1, -1).numpy())
+        arrays = zip(*(_whole(pixels) for pixels in decoded), strict=True)
+        batches = [torch.from_numpy(np.stack(array, -4)).movedim(-1, -3) for array in arrays]
+        images = batches[0] if batches[0].ndim == 4 else batches
+        kinds = view_kinds(data, views)
+        for drawn in draw_views(images, torch.from_numpy(ids), kinds, seed=seed, epoch=epoch):
+            levels = ((drawn * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            columns.extend(levels.movedim(2, -1).numpy())
     return [[column[row] for column in columns] for row in range(len(pictures))]
 
 
-def _whole(pixels: Pixels | ValueError) -> Pixels:
+def _whole(pixels: list[Pixels] | ValueError) -> list[Pixels]:
     if isinstance(pixels, ValueError):
         raise UserError(f"an image cannot be decoded: {pixels}")
     return pixels

@@ -47,9 +47,9 @@ def code_hash(root: Path = _ROOT) -> str:
 
 
 def run_name(config: RunConfig, fingerprint: str, code: str) -> str:
-    """Name that the same recipe, settings, data and code always get, wherever the data lies."""
+    """Name that the same recipe, settings, data, initial weights and code always get, wherever these lie."""
     tree = config.plain()
-    del tree["data"]["uri"]
+    del tree["data"]["uri"], tree["init_from"]
     identity = json.dumps([tree, fingerprint, code], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 

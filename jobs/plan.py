@@ -28,7 +28,7 @@ from service.data.store import Store
 
 @dataclass(frozen=True)
 class Plan:
-    """A config whose data exists and fits, with what follows from both."""
+    """A config whose data exists and fits, with what follows from both; `initial` is the hash of `init_from`."""
 
     config: RunConfig
     index: Index
@@ -36,13 +36,15 @@ class Plan:
     partitions: int
     steps_per_epoch: int
     steps: int
+    initial: str | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Of all data that the run reads: the index's own, or one that covers the sources of a mixture too."""
-        if not self.config.data.mixture:
+        """Of all that the run reads: the index's own, or one that covers mixed sources and initial weights too."""
+        mixed = [source.index.fingerprint for source in self.sources] if self.config.data.mixture else []
+        parts = [self.index.fingerprint, *mixed, *([self.initial] if self.initial else [])]
+        if len(parts) == 1:
             return self.index.fingerprint
-        parts = [self.index.fingerprint, *(source.index.fingerprint for source in self.sources)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def rows(self) -> list[tuple[str, str]]:
@@ -56,6 +58,8 @@ class Plan:
             ("batch", f"{data.batch_size} over {self.config.parallel.workers} workers, {self.partitions} partitions"),
             ("steps", f"{self.steps:,} = {self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}"),
         ]
+        if self.initial:
+            rows.append(("init from", f"{self.config.init_from}  (SHA-256 {self.initial[:12]})"))
         if not data.mixture:
             return [*rows, ("left out", f"{left_out} samples an epoch, others each time")]
         total = sum(source.weight for source in data.mixture.values())
@@ -82,11 +86,14 @@ def make(config: RunConfig) -> Plan:
     """Check a config against its data and freeze what was left open.
 
     Raises:
-        UserError: data missing, of another modality, without the splits, or too small for the batch.
+        UserError: data missing, of another modality, without the splits, or too small for the batch; weights of
+            `init_from` missing or of another encoder.
     """
     data = config.data
     mixed = {n: m.model_copy(update={"uri": _absolute(m.uri)}) for n, m in data.mixture.items()}
     config = _with(config, uri=_absolute(data.uri), mixture=mixed)
+    if config.init_from is not None:
+        config = config.model_copy(update={"init_from": _absolute(config.init_from)})
     store = Store(config.data.uri)
     index = read_index(store)
     split = DataSplit(store, index, config.data.train_split)
@@ -110,7 +117,8 @@ def make(config: RunConfig) -> Plan:
         budget = config.data.cache_gb * 1e9
         check_cache(sample_plan, budget_bytes=budget, shard_bytes=remote_bytes(sources), hosts=1)
     per_epoch = sample_plan.steps_per_epoch
-    return Plan(config, index, sources, sample_plan.partitions, per_epoch, config.schedule.length(per_epoch))
+    steps = config.schedule.length(per_epoch)
+    return Plan(config, index, sources, sample_plan.partitions, per_epoch, steps, _check_initial(config))
 
 
 def check_resources(config: RunConfig, cpus: float, gpus: float) -> bool:
@@ -146,6 +154,15 @@ def _check_labels(train: DataSplit, config: RunConfig, others: list[DataSplit]) 
             f"eval.labels_per_class={list(config.eval.labels_per_class)}: the smallest class of {train.store.uri} has "
             f"{smallest} samples in {train.name!r}: ask for no more than that"
         )
+
+
+def _check_initial(config: RunConfig) -> str | None:
+    """Hash of the weights to start from, which fit the encoder; None where there are none."""
+    if config.init_from is None:
+        return None
+    from service.pretrained import check_initial  # torch and timm cost seconds to import
+
+    return check_initial(config)
 
 
 def _with(config: RunConfig, **data: Any) -> RunConfig:

@@ -116,6 +116,14 @@ class Augment(Frozen):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class LocalCrops(Frozen):
+    """Small views of an image beside the global ones: multi-crop (Caron et al. 2020)."""
+
+    count: Count = Field(6, description="local crops of an image")
+    size: Annotated[int, Field(ge=8)] = Field(description="side of the square crops in pixels")
+    crop_scale: Range = Field((0.05, 0.3), description="area of a crop, as a share of the image")
+
+
 class Source(Frozen):
     """One source of a mixture."""
 
@@ -154,6 +162,13 @@ class Data(Frozen):
     )
     workers: Count = Field(2, description="threads that decode images in parallel")
     augment: Augment = Augment()  # pyright: ignore[reportCallIssue]
+    local: LocalCrops | None = Field(None, description="small crops beside the global views, augmented alike")
+
+    @property
+    def local_augment(self) -> Augment:
+        """Augmentation of the local crops: that of the global views but for the area of the crop."""
+        assert self.local is not None
+        return self.augment.model_copy(update={"crop_scale": self.local.crop_scale})
 
     @property
     def largest_side(self) -> int:
@@ -165,6 +180,16 @@ class Data(Frozen):
         splits = [self.train_split, self.val_split, self.test_split]
         if len(set(splits)) < len(splits):
             raise ValueError(f"train_split, val_split, test_split={splits} must differ: scores need unseen samples")
+        return self
+
+    @model_validator(mode="after")
+    def _local_crops_are_small(self) -> Data:
+        if self.local is not None:
+            Augment(crop_scale=self.local.crop_scale)  # pyright: ignore[reportCallIssue]
+            if self.local.size > self.image_size:
+                raise ValueError(
+                    f"local.size={self.local.size} must not exceed image_size={self.image_size}: lower local.size"
+                )
         return self
 
     @model_validator(mode="after")
@@ -211,16 +236,15 @@ Encoder = Annotated[ResNet | ViT, Field(discriminator="kind")]
 class Projector(Frozen):
     """MLP between the representation and the loss."""
 
-    layers: Count = Field(3, description="linear layers; all but the last are followed by norm and ReLU")
+    layers: Annotated[int, Field(ge=0)] = Field(
+        3, description="linear layers; all but the last are followed by norm and ReLU; 0 leaves the representation"
+    )
     hidden: Count = 2048
     output: Annotated[int, Field(ge=2)] = 2048
     norm: Literal["batch", "layer"] = "batch"
 
 
-class VicregLoss(Frozen):
-    """Variance-invariance-covariance regularisation (Bardes, Ponce and LeCun 2022, eq. 1–6)."""
-
-    kind: Literal["vicreg"] = "vicreg"
+class _VicregTerms(Frozen):
     inv: NonNegative = Field(25.0, description="weight of the invariance term")
     std: NonNegative = Field(25.0, description="weight of the variance term")
     cov: NonNegative = Field(1.0, description="weight of the covariance term")
@@ -230,14 +254,67 @@ class VicregLoss(Frozen):
     )
 
 
+class VicregLoss(_VicregTerms):
+    """Variance-invariance-covariance regularisation (Bardes, Ponce and LeCun 2022, eq. 1–6)."""
+
+    kind: Literal["vicreg"] = "vicreg"
+
+
+class _Sliced(Frozen):
+    variant: Literal["bcs", "lejepa"] = Field("lejepa", description="published form of SIGReg: eb_jepa's or LeJEPA's")
+    slices: Count = Field(
+        default_factory=lambda data: {"bcs": 256, "lejepa": 1024}.get(data.get("variant", "lejepa"), 1024),
+        description="random directions of a step; 256 for bcs and 1024 for lejepa if not given, as published",
+    )
+
+
+class SigregLoss(_Sliced):
+    """Invariance and SIGReg: `bcs` inv + weight · SIGReg (eb_jepa), `lejepa` (1 − weight) · inv + weight · SIGReg."""
+
+    kind: Literal["sigreg"] = "sigreg"
+    weight: NonNegative = Field(
+        default_factory=lambda data: {"bcs": 10.0, "lejepa": 0.02}.get(data.get("variant", "lejepa"), 0.02),
+        description="λ; 10 for bcs and 0.02 for lejepa if not given, as published",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SigregLoss:
+        if self.variant == "lejepa" and self.weight > 1:
+            raise ValueError(
+                f"weight={self.weight} must not exceed 1, as variant=lejepa gives the invariance 1 − weight: "
+                "lower it, or use variant=bcs"
+            )
+        return self
+
+
+class VicregSigregLoss(_VicregTerms, _Sliced):
+    """VICReg with SIGReg added: both keep the embeddings from collapsing."""
+
+    kind: Literal["vicreg_sigreg"] = "vicreg_sigreg"
+    sigreg: NonNegative = Field(1.0, description="weight of SIGReg")
+
+
+class NtXentLoss(Frozen):
+    """SimCLR's normalised temperature-scaled cross-entropy, the mean over pairs of views (Chen et al. 2020)."""
+
+    kind: Literal["nt_xent"] = "nt_xent"
+    temperature: Positive = 0.5
+
+
+ViewLoss = Annotated[VicregLoss | SigregLoss | VicregSigregLoss | NtXentLoss, Field(discriminator="kind")]
+
+
 class ImageVicreg(Frozen):
-    """Joint embedding of two augmented views of an image."""
+    """Joint embedding of augmented views of an image."""
 
     components: ClassVar[tuple[str, ...]] = ("encoder", "projector")
+    takes_local_crops: ClassVar[bool] = True
+
     kind: Literal["image_vicreg"] = "image_vicreg"
+    views: Annotated[int, Field(ge=2)] = Field(2, description="global views of an image")
     encoder: Encoder = ResNet()  # pyright: ignore[reportCallIssue]
     projector: Projector = Projector()  # pyright: ignore[reportCallIssue]
-    loss: VicregLoss
+    loss: ViewLoss
 
 
 class TargetBlocks(Frozen):
@@ -359,6 +436,8 @@ class IJepa(Frozen):
     """Prediction of the representations of hidden blocks (Assran et al. 2023)."""
 
     components: ClassVar[tuple[str, ...]] = ("context_encoder", "predictor")
+    views: ClassVar[int] = 1
+    takes_local_crops: ClassVar[bool] = False
     kind: Literal["ijepa"] = "ijepa"
     encoder: ViT = ViT(positions="sincos")  # pyright: ignore[reportCallIssue]
     predictor: PredictorViT = PredictorViT()
@@ -543,6 +622,11 @@ class RunConfig(Frozen):
     repeat: Annotated[int, Field(ge=0)] = Field(0, description="number of a repetition; changes the run's name alone")
     data: Data
     family: Family
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="weights to start from: folder or s3:// address of a kept encoder, or a timm .safetensors file",
+    )
     optim: Optim = Lars()  # pyright: ignore[reportCallIssue]
     schedule: Schedule = Schedule()  # pyright: ignore[reportCallIssue]
     compute: Compute = Compute()  # pyright: ignore[reportCallIssue]
@@ -564,16 +648,6 @@ class RunConfig(Frozen):
                 "use a number of workers that divides them"
             )
         self._check_mixing(batch // partitions)
-        encoder = self.family.encoder
-        if isinstance(encoder, ViT) and self.data.image_size % encoder.patch_size:
-            raise ValueError(
-                f"family.encoder.patch_size={encoder.patch_size} does not divide data.image_size={self.data.image_size}"
-            )
-        if isinstance(encoder, ViT) and self.data.eval_image_size % encoder.patch_size:
-            raise ValueError(
-                f"family.encoder.patch_size={encoder.patch_size} does not divide "
-                f"data.eval_image_size={self.data.eval_image_size}"
-            )
         if isinstance(self.family, IJepa):
             try:
                 self.family.masking.build(self.mask_grid)
@@ -606,6 +680,27 @@ class RunConfig(Frozen):
                     f"data.augment.mixup and cutmix with family.{name}.kind=nt_xent: it pushes a sample away from all "
                     "others, and a mixed one is partly another: set both to 0, or take another loss"
                 )
+
+    @model_validator(mode="after")
+    def _check_views(self) -> RunConfig:
+        if self.init_from is not None and self.init_from.startswith("models:"):
+            raise ValueError(
+                f"init_from={self.init_from} is a name in MLflow: give the folder `encoder` in the storage of the run "
+                "that trained it"
+            )
+        if self.data.local is not None and not self.family.takes_local_crops:
+            raise ValueError(
+                f"data.local gives family {self.family.kind} local crops, which it has no use for: "
+                "leave data.local out, or choose another family, such as image_vicreg"
+            )
+        encoder = self.family.encoder
+        sides = {"image_size": self.data.image_size, "eval_image_size": self.data.eval_image_size}
+        if self.data.local is not None:
+            sides["local.size"] = self.data.local.size
+        for name, side in sides.items():
+            if isinstance(encoder, ViT) and side % encoder.patch_size:
+                raise ValueError(f"family.encoder.patch_size={encoder.patch_size} does not divide data.{name}={side}")
+        return self
 
     @property
     def mask_grid(self) -> tuple[int, int]:

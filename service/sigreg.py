@@ -46,19 +46,21 @@ KNOTS: dict[Variant, Knots] = {
 }
 
 
-def sigreg(z_BD: Tensor, seed: Tensor | int, *, slices: int, variant: Variant) -> Tensor:
+def sigreg(z: Tensor, seed: Tensor | int, *, slices: int, variant: Variant) -> Tensor:
     """Distance of the embeddings of the global batch from an isotropic standard normal, a scalar in at least fp32.
 
     Args:
-        z_BD: embeddings, (B, D), neither centred nor scaled: standardising them would hide a collapse.
+        z: embeddings, (B, D) or (V, B, D) of V views, whose distances are averaged; neither centred nor scaled:
+            standardising them would hide a collapse.
         seed: of the slices' directions, equal on all ranks; drawn anew every step.
         slices: number of directions S.
         variant: `bcs` (eb_jepa) is the mean over slices, `lejepa` that times the number of samples G.
     """
-    z_BD = z_BD if z_BD.dtype == torch.float64 else z_BD.float()
-    with torch.autocast(z_BD.device.type, enabled=False):
-        statistic = epps_pulley(z_BD @ directions(seed, z_BD.shape[1], slices, z_BD), KNOTS[variant]).mean()
-    return statistic * (len(z_BD) * world_size()) if variant == "lejepa" else statistic
+    z = z if z.dtype == torch.float64 else z.float()
+    with torch.autocast(z.device.type, enabled=False):
+        projected = z @ directions(seed, z.shape[-1], slices, z)
+        statistic = epps_pulley(projected.movedim(-2, 0).flatten(1), KNOTS[variant]).mean()
+    return statistic * (z.shape[-2] * world_size()) if variant == "lejepa" else statistic
 
 
 def epps_pulley(x_BS: Tensor, knots: Knots) -> Tensor:

@@ -45,8 +45,23 @@ def random_batch(family, config, size, dtype=torch.float64, step=0):
     views = torch.randn(family.views, size, 3, side, side, dtype=dtype, generator=generator)
     keys = hash_torch(key(0, step), torch.arange(size))
     masks = family.draw_masks(0, step, 0, size, 0.0)
-    return Batch(views, keys, *(() if masks is None else map(torch.from_numpy, masks)))
+    drawn = (None, None) if masks is None else map(torch.from_numpy, masks)
+    local = None
+    if config.data.local is not None:
+        side = config.data.local.size
+        local = torch.randn(family.local_views, size, 3, side, side, dtype=dtype, generator=generator)
+    return Batch(views, keys, *drawn, local)
 
+
+# Losses of `image_vicreg` by name, and settings for more than two views.
+VIEW_LOSSES = {
+    "vicreg": ["family.loss={kind: vicreg, inv: 2, std: 3, cov: 4, cov_norm: offdiag_mean}"],
+    "bcs": ["family.loss={kind: sigreg, variant: bcs, slices: 16}"],
+    "lejepa": ["family.loss={kind: sigreg, slices: 16}"],
+    "hybrid": ["family.loss={kind: vicreg_sigreg, inv: 2, std: 3, cov: 4, sigreg: 5, slices: 16, cov_norm: paper}"],
+    "nt_xent": ["family.loss={kind: nt_xent, temperature: 0.2}"],
+}
+MANY_VIEWS = ["family.views=3", "data.local={count: 2, size: 8}"]
 
 # Families and settings whose micro-batches must add up to the batch; batch norm is refused.
 GROUP = ["family.encoder.norm=group", "family.projector.norm=layer"]
@@ -54,4 +69,5 @@ ACCUMULATED = [
     pytest.param("image_vicreg", [*GROUP, "family.projector.output=8"], id="vicreg-moments"),
     pytest.param("ijepa", ["family.encoder.drop_path=0.2"], id="ijepa"),
     pytest.param("image_vicreg", [*GROUP, "family.projector.output=32"], id="vicreg-gathered"),
+    *(pytest.param("image_vicreg", [*GROUP, *VIEW_LOSSES[kind], *MANY_VIEWS], id=kind) for kind in VIEW_LOSSES),
 ]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.config import Augment, Range
+from service.config import Augment, Data, Range
 from service.data.draws import key, normal, uniform
 from service.data.pixels import LUMA, affine, change, inside, resample
 from service.data.randaugment import DRAWS, Operations, draw_operations, randaugment
@@ -34,6 +34,22 @@ _CROP_DRAWS = 2 * _CROP_TRIES + 2
 _DRAWS = (_CROP_DRAWS, 3, 6, 3)  # crop; flip, rotation, shear; colour; blur, its width, solarize
 _OPERATIONS, _ERASE, _NOISE = 1, 2, 3  # streams of further draws, which views without them need not make
 _CACHED = 1 << 16  # pixels that a core's cache holds through all that happens to them
+
+
+class ViewKind(NamedTuple):
+    """Views of an image that share their augmentation and size, by number."""
+
+    config: Augment
+    size: int
+    numbers: range
+
+
+def view_kinds(data: Data, views: int) -> list[ViewKind]:
+    """Global views 0 … `views` − 1, and the local crops after them where there are any."""
+    kinds = [ViewKind(data.augment, data.image_size, range(views))]
+    if data.local is not None:
+        kinds.append(ViewKind(data.local_augment, data.local.size, range(views, views + data.local.count)))
+    return kinds
 
 
 class _Constants(NamedTuple):
@@ -124,6 +140,32 @@ def random_view(
     for out, part, *of_part in zip(*(each.split(together) for each in (views, images, *of)), strict=True):
         out.copy_(make(part, _Parameters(*of_part)))
     return views
+
+
+def draw_views(
+    images: Tensor | Sequence[Tensor], ids_B: Tensor, kinds: Sequence[ViewKind], *, seed: int, epoch: int
+) -> list[Tensor]:
+    """Draw all views of each image.
+
+    Args:
+        images: uint8, (B, 3, H, W), or for each kind the crops that a reader has cut for it, (V, B, 3, S, S).
+        ids_B: int64 sample ids on the same device.
+        kinds: of views.
+        seed: of the run.
+        epoch: of the samples' source.
+
+    Returns:
+        For each kind normalised float32, (V, B, 3, S, S).
+    """
+    cropped = not isinstance(images, Tensor)
+    drawn: list[Tensor] = []
+    for place, (config, size, numbers) in enumerate(kinds):
+        options = {"config": config, "size": size, "seed": seed, "epoch": epoch, "cropped": cropped}
+        of_each = images[place] if cropped else [images] * len(numbers)
+        drawn.append(
+            torch.stack([random_view(one, ids_B, view=n, **options) for n, one in zip(numbers, of_each, strict=True)])
+        )
+    return drawn
 
 
 def crop_boxes(

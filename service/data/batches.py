@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from service.config import Data
+from service.data.augment import view_kinds
 from service.data.budget import over_budget
 from service.data.cache import ShardCache
 from service.data.plan import Plan, SamplePlan, check_cache
@@ -28,7 +29,7 @@ def open_batches(
         sources: splits that the plan orders.
         plan: of the run.
         data: settings.
-        views: that a family takes of each image.
+        views: global ones that a family takes of each image.
         seed: of the run.
         device: where batches go.
         hosts: machines that the ranks run on.
@@ -54,7 +55,7 @@ def choose_decoder(sources: Sequence[DataSplit], data: Data, *, views: int, seed
     if not data.mixture and resolve_mode(sources[0], data) == "resident":
         return Squares(decode_side(sources[0], data.largest_side))
     side = whole_side(sources, data.image_size)
-    return Squares(side) if side else Crops(data.augment, data.image_size, views, seed)
+    return Squares(side) if side else Crops(view_kinds(data, views), seed)
 
 
 def sequential(split: DataSplit, data: Data, start: int, stop: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,7 +94,7 @@ def _streamed(split: DataSplit, data: Data, start: int, stop: int, batch: int) -
 
 def _square(opened: OpenShard, row: int, side: int) -> np.ndarray | str:
     [pixels] = Squares(side).decode([opened.encoded(row)], np.array([row]), 0)
-    return opened.fault(row, pixels) if isinstance(pixels, ValueError) else pixels
+    return opened.fault(row, pixels) if isinstance(pixels, ValueError) else pixels[0]
 
 
 def _shards_between(split: DataSplit, data: Data, start: int, stop: int) -> Iterator[tuple[OpenShard, range]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasets_prep.errors import UserError
 from service.config import Augment, canonical_partitions
+from service.data.augment import ViewKind
 from service.data.cache import ShardCache
 from service.data.plan import check_cache, owned_partitions
 from service.data.split import DataSplit, plan_split, read_index, remote_bytes, shards_of
@@ -82,10 +83,11 @@ class ShardDataset:
         owned_partitions(partitions, rank, world)
         check_cache(self.plan, budget_bytes=cache_gb * 1e9, shard_bytes=remote_bytes([self.split]), hosts=world)
         self.rank, self.world = rank, world
+        crops = ViewKind(augment or Augment(), image_size, range(views))  # pyright: ignore[reportCallIssue]
         self._reader = StreamBatches(
             shards_of([self.split]),
             self.plan,
-            Crops(augment or Augment(), image_size, views, seed) if views else Squares(image_size),  # pyright: ignore[reportCallIssue]
+            Crops([crops], seed) if views else Squares(image_size),
             cache=ShardCache(cache_gb * 1e9),
             workers=workers,
             prefetch=prefetch,
@@ -114,7 +116,7 @@ class ShardDataset:
         for images, ids in self._reader.iterate(self._done, stop, self.rank, self.world):
             self._done += 1
             labels = torch.from_numpy(self.split.labels[ids.cpu().numpy()].astype(np.int64))
-            yield Batch(images, labels.to(ids.device), ids)
+            yield Batch(images if isinstance(images, Tensor) else images[0], labels.to(ids.device), ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, and what it is a position in; equal on every rank."""

@@ -50,29 +50,33 @@ def decode_rgb(data: bytes | memoryview) -> Pixels:
     return _decode(data, image_size(data), 1)
 
 
-def decode_crops(data: bytes | memoryview, boxes_V4: NDArray[np.int64], size: int) -> Pixels:
-    """Decode an image once and cut several crops of it, each resized bilinearly with antialiasing.
+def decode_crops(data: bytes | memoryview, *kinds: tuple[NDArray[np.int64], int]) -> list[Pixels]:
+    """Decode an image once and cut crops of it, each resized bilinearly with antialiasing.
 
     Args:
         data: encoded image.
-        boxes_V4: top, left, height and width of each crop in pixels of the image, (V, 4).
-        size: side S of the results in pixels.
+        kinds: of crops: their top, left, height and width in pixels of the image, (V, 4), and the side S of the
+            results in pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop keeps at least 1.5·S pixels a side; boxes are then
     rounded to pixels of the smaller image. `tests/numerics/test_decode.py` bounds the difference from Pillow's crops of
     the whole image.
 
     Returns:
-        (V, S, S, 3); raises ValueError for anything that is not a whole image.
+        (V, S, S, 3) for each kind; raises ValueError for anything that is not a whole image.
     """
     shape = image_size(data)
-    shortest = int(boxes_V4[:, 2:].min())
-    scale = next((s for s in _SCALES if shortest >= _SPARE * s * size), 1)
+    spare = min(boxes[:, 2:].min() / size for boxes, size in kinds)
+    scale = next((s for s in _SCALES if spare >= _SPARE * s), 1)
     pixels = _decode(data, shape, scale)
     if pixels.shape[:2] == shape:
         scale = 1
+    return [_cut(pixels, _scaled(boxes, scale), size) for boxes, size in kinds]
+
+
+def _cut(pixels: Pixels, boxes_V4: NDArray[np.int64], size: int) -> Pixels:
     crops = np.empty((len(boxes_V4), size, size, 3), np.uint8)
-    for crop, (top, left, height, width) in zip(crops, _scaled(boxes_V4, scale), strict=True):
+    for crop, (top, left, height, width) in zip(crops, boxes_V4, strict=True):
         crop[:] = resize(pixels[top : top + height, left : left + width], size)
     return crops
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets_prep.errors import UserError
 from datasets_prep.index import Shard
-from service.config import Augment
-from service.data.augment import crop_boxes
+from service.data.augment import ViewKind, crop_boxes
 from service.data.budget import ATTEMPTS, ErrorBudget, replacement
 from service.data.cache import ShardCache
 from service.data.decode import Pixels, decode_crops, decode_rgb, fit, image_size
@@ -31,15 +31,18 @@ _LOOKS = 64  # steps that are looked at for their shards before one batch
 _PART = 32  # samples that one task decodes at most: few enough to share out, enough to draw their crops at once
 
 
+Images = Tensor | list[Tensor]
+
+
 class Decoder(Protocol):
     """How encoded images become pixels."""
 
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of a batch: samples on the axis before the last three."""
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Shapes of a batch's arrays: samples on the axis before the last three."""
         ...
 
-    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
-        """Pixels of each image, (…, S, S, 3), or why there are none."""
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[list[Pixels] | ValueError]:
+        """Pixels of each image, (…, S, S, 3) for each array, or why there are none."""
         ...
 
 
@@ -49,38 +52,42 @@ class Squares:
 
     side: int
 
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """As `Decoder.shape`."""
-        return (batch, self.side, self.side, 3)
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """As `Decoder.shapes`."""
+        return [(batch, self.side, self.side, 3)]
 
-    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[list[Pixels] | ValueError]:
         """As `Decoder.decode`."""
-        return [_attempt(lambda data: fit(decode_rgb(data), self.side), data) for data in encoded]
+        return [_attempt(lambda data: [fit(decode_rgb(data), self.side)], data) for data in encoded]
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops of each image, all from one decoding, antialiased: batches (V, B, S, S, 3)."""
+    """Random crops of each image, all from one decoding, antialiased: batches (V, B, S, S, 3) of each kind of view."""
 
-    augment: Augment
-    side: int
-    views: int
+    kinds: Sequence[ViewKind]
     seed: int
 
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """As `Decoder.shape`."""
-        return (self.views, batch, self.side, self.side, 3)
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """As `Decoder.shapes`."""
+        return [(len(kind.numbers), batch, kind.size, kind.size, 3) for kind in self.kinds]
 
-    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[Pixels | ValueError]:
+    def decode(self, encoded: Sequence[memoryview], ids: Ids, epoch: int) -> list[list[Pixels] | ValueError]:
         """As `Decoder.decode`."""
         sizes = [_attempt(image_size, data) for data in encoded]
         heights, widths = np.array([(1, 1) if isinstance(size, ValueError) else size for size in sizes]).T
-        draw = {"config": self.augment, "seed": self.seed, "epoch": epoch}
-        boxes = np.stack([crop_boxes(ids, heights, widths, view=view, **draw) for view in range(self.views)], 1)
+        kinds = [(self._boxes(kind, ids, heights, widths, epoch), kind.size) for kind in self.kinds]
         return [
-            size if isinstance(size, ValueError) else _attempt(decode_crops, data, box, self.side)
-            for size, data, box in zip(sizes, encoded, boxes, strict=True)
+            size if isinstance(size, ValueError) else _attempt(decode_crops, data, *((b[i], side) for b, side in kinds))
+            for i, (size, data) in enumerate(zip(sizes, encoded, strict=True))
         ]
+
+    def _boxes(
+        self, kind: ViewKind, ids: Ids, heights: NDArray[np.int64], widths: NDArray[np.int64], epoch: int
+    ) -> NDArray[np.int64]:
+        """Crops of all views of a kind, (B, V, 4)."""
+        draw = {"config": kind.config, "seed": self.seed, "epoch": epoch}
+        return np.stack([crop_boxes(ids, heights, widths, view=view, **draw) for view in kind.numbers], 1)
 
 
 def _attempt(function: Callable[..., Any], *args: Any) -> Any:
@@ -180,10 +187,10 @@ class StreamBatches:
         # One set of threads for all passes: the allocator keeps memory for every thread that it has ever served.
         self.fetching, self.decoding = ThreadPoolExecutor(prefetch), decoding_threads(workers)
 
-    def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def iterate(self, start: int, stop: int, rank: int, world: int) -> Iterator[tuple[Images, Tensor]]:
         """Yield (images, ids (B,)) of global steps `start` … `stop − 1` on the device.
 
-        Images are uint8, (B, 3, S, S), or (V, B, 3, S, S) where the decoder cuts views.
+        Images are uint8, (B, 3, S, S), or where the decoder cuts views (V, B, 3, S, S) of each kind.
         """
         steps = _Steps(self, range(start, stop), rank, world)
         try:
@@ -191,8 +198,8 @@ class StreamBatches:
         finally:
             steps.close()
 
-    def part(self, out: Pixels, ids: Ids, places: Sequence[tuple[OpenShard, int]], epoch: int) -> list[str]:
-        """Decode samples into `out`, (…, samples, S, S, 3), and say which were bad.
+    def part(self, out: Sequence[Pixels], ids: Ids, places: Sequence[tuple[OpenShard, int]], epoch: int) -> list[str]:
+        """Decode samples into `out`, arrays (…, samples, S, S, 3), and say which were bad.
 
         Those are replaced: `ids` then holds the ids of what `out` shows.
         """
@@ -205,10 +212,11 @@ class StreamBatches:
                 if not self.budget.most:
                     break
                 ids[i], pixels = self._replace(int(ids[i]), opened, row, epoch)
-            out[..., i, :, :, :] = pixels
+            for array, made in zip(out, pixels, strict=True):
+                array[..., i, :, :, :] = made
         return faults
 
-    def _replace(self, id_: int, opened: OpenShard, row: int, epoch: int) -> tuple[int, Pixels]:
+    def _replace(self, id_: int, opened: OpenShard, row: int, epoch: int) -> tuple[int, list[Pixels]]:
         for attempt in range(ATTEMPTS):
             other = replacement(self.plan, id_, attempt)
             encoded = [opened.encoded(row + other - id_)]
@@ -237,7 +245,7 @@ class _Steps:
                 part.cancel()
         self._queue.cancel()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Images, Tensor]]:
         ahead: deque[_Batch] = deque()
         while self._next < self._stop or ahead:
             while self._next < self._stop and len(ahead) <= _STEPS_AHEAD:
@@ -267,22 +275,27 @@ class _Steps:
         reader, ids = self._reader, self._ids.pop(self._next)
         epoch = self._next // self._plan.steps_per_epoch
         self._next += 1
-        images = _room(reader.decoder.shape(len(ids)), pinned=reader.device.type == "cuda")
+        images = [_room(s, pinned=reader.device.type == "cuda") for s in reader.decoder.shapes(len(ids))]
         size = min(_PART, -(-len(ids) // reader.workers))
         parts = [
             reader.decoding.submit(
-                reader.part, images.numpy()[..., i : i + size, :, :, :], ids[i : i + size], places[i : i + size], epoch
+                reader.part,
+                [array.numpy()[..., i : i + size, :, :, :] for array in images],
+                ids[i : i + size],
+                places[i : i + size],
+                epoch,
             )
             for i in range(0, len(ids), size)
         ]
         return _Batch(epoch, images, ids, parts)
 
-    def _finish(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+    def _finish(self, batch: _Batch) -> tuple[Images, Tensor]:
         device, budget = self._reader.device, self._reader.budget
         for part in batch.parts:
             budget.spend(batch.epoch, part.result())
-        images = batch.images.movedim(-1, -3)
-        return images.to(device, non_blocking=True), torch.from_numpy(batch.ids).to(device, non_blocking=True)
+        images = [array.movedim(-1, -3).to(device, non_blocking=True) for array in batch.images]
+        ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
+        return images[0] if images[0].ndim == 4 else images, ids
 
 
 def _room(shape: tuple[int, ...], *, pinned: bool) -> Tensor:
@@ -297,6 +310,6 @@ class _Batch:
     """A batch that is being decoded."""
 
     epoch: int
-    images: Tensor
+    images: list[Tensor]
     ids: Ids
     parts: list[Future[list[str]]]

@@ -20,6 +20,8 @@ PREFIX = "alarm/"
 CURES = {
     "collapse": (
         ("raise", "family.loss.std"),
+        ("raise", "family.loss.weight"),
+        ("raise", "family.loss.sigreg"),
         ("raise", "family.momentum.start"),
         ("enlarge", "family.masking.targets.scale"),
         ("lower", "optim.lr"),

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from service.collectives import from_rank_0, mean_over_ranks, world_size
 from service.config import RunConfig, canonical_partitions, parse_interval
-from service.data.augment import random_view
+from service.data.augment import draw_views, view_kinds
 from service.data.batches import open_batches
 from service.data.draws import hash_torch, key
 from service.data.mix import Mixes, draw_mixes, mix
 from service.data.resident import ResidentBatches
 from service.data.split import make_plan, open_sources, read_index
 from service.data.store import Store
-from service.data.stream import StreamBatches
+from service.data.stream import Images, StreamBatches
 from service.engine.accumulate import backward
 from service.engine.alarms import Alarms
 from service.engine.average import WeightAverage
@@ -129,12 +129,12 @@ class Trainer:
         """Encoder that is evaluated and kept: the averaged one if there is one."""
         return self.family.encoder if self.averaged is None else self.averaged.module
 
-    def step(self, step: int, images: Tensor, ids: Tensor) -> Losses:
+    def step(self, step: int, images: Images, ids: Tensor) -> Losses:
         """Take optimiser step `step` (from 0) on this rank's slice of the batch.
 
         Args:
             step: number of the step.
-            images: uint8, (B, 3, H, W), or (V, B, 3, S, S) where the reader has cut the views' crops.
+            images: uint8, (B, 3, H, W), or (V, B, 3, S, S) of each kind of view where the reader has cut their crops.
             ids: of the samples, (B,).
         """
         set_rates(self.optimizer, self.lr(step), self.weight_decay(step))
@@ -181,18 +181,19 @@ class Trainer:
         start, end = self.config.optim.weight_decay, self.config.schedule.weight_decay_end
         return start if end is None else cosine(start, end, step / self.length.total)
 
-    def _batch(self, images: Tensor, ids: Tensor, step: int) -> Batch:
+    def _batch(self, images: Images, ids: Tensor, step: int) -> Batch:
         """What the family takes: views, keys and masks of this rank's slice of the global batch."""
         seed, size, rank = self.config.seed, len(ids), self.worker.rank
         start, stop = rank * size, (rank + 1) * size
-        views = self._views(images, ids, step // self.length.steps_per_epoch)
+        kinds = self._views(images, ids, step // self.length.steps_per_epoch)
         if self.config.data.augment.mixes:
-            views = mix(views, self._mixes(step, range(start, stop), views.device))
-        views = self._format(views)
+            mixes = self._mixes(step, range(start, stop), ids.device)
+            kinds = [mix(views, mixes) for views in kinds]
+        views, *local = map(self._format, kinds)
         keys = hash_torch(key(seed, step, _KEYS), torch.arange(start, stop, device=views.device))
         masks = self.family.draw_masks(seed, step, start, stop, step / self.length.total)
-        drawn = () if masks is None else (torch.from_numpy(part).to(views.device) for part in masks)
-        return Batch(views, keys, *drawn)
+        drawn = (None, None) if masks is None else (torch.from_numpy(part).to(views.device) for part in masks)
+        return Batch(views, keys, *drawn, *local)
 
     def _mixes(self, step: int, positions: range, device: torch.device) -> Mixes:
         data = self.config.data
@@ -200,17 +201,10 @@ class Trainer:
         alphas = {"mixup": data.augment.mixup, "cutmix": data.augment.cutmix}
         return draw_mixes(key(self.config.seed, _MIXES), step, positions, per_partition, device=device, **alphas)
 
-    def _views(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        """Augmented views, (V, B, 3, S, S)."""
-        data = self.config.data
-        cropped = images.ndim == 5
-        options = {"config": data.augment, "size": data.image_size, "seed": self.config.seed, "epoch": epoch}
-        return torch.stack(
-            [
-                random_view(images[v] if cropped else images, ids, view=v, cropped=cropped, **options)
-                for v in range(self.family.views)
-            ]
-        )
+    def _views(self, images: Images, ids: Tensor, epoch: int) -> list[Tensor]:
+        """Augmented views, (V, B, 3, S, S) of each kind."""
+        kinds = view_kinds(self.config.data, self.family.views)
+        return draw_views(images, ids, kinds, seed=self.config.seed, epoch=epoch)
 
     def _format(self, views: Tensor) -> Tensor:
         """Views (V, B, 3, S, S) in the run's number and memory format."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from service.collectives import all_reduce_sum
 from service.masks import Masks
 
 
@@ -29,13 +30,15 @@ class Batch(NamedTuple):
     """This rank's slice of the global batch, or a micro-batch of it.
 
     `views` (V, B, 3, S, S) are normalised; `keys` (B,) int64 are random numbers of each sample at this step; `context`
-    (B, K) and `targets` (B, M, T) are the patches of the family's masks, none where it draws none.
+    (B, K) and `targets` (B, M, T) are the patches of the family's masks, none where it draws none; `local`
+    (L, B, 3, s, s) are the normalised local crops, where the config has any.
     """
 
     views: Tensor
     keys: Tensor
     context: Tensor | None = None
     targets: Tensor | None = None
+    local: Tensor | None = None
 
     def split(self, parts: int) -> list[Batch]:
         """Cut the samples into `parts` equal batches, in order; what has no samples goes to each."""
@@ -50,6 +53,11 @@ _VIEWS = ("views", "local")  # fields whose second dimension is the samples; of 
 Embedded = dict[str, Tensor]
 
 
+def step_seed(keys_B: Tensor) -> Tensor:
+    """Random number of the step that these keys of all its samples belong to, equal on every rank, () int64."""
+    return all_reduce_sum(keys_B.sum())
+
+
 class Family(nn.Module):
     """One method: module and loss together, so that DDP or FSDP wraps one thing.
 
@@ -60,7 +68,8 @@ class Family(nn.Module):
     """
 
     encoder: nn.Module  # what is evaluated, exported and served: (B, 3, H, W) → (B, dim)
-    views: int  # augmented views that `embed` takes of each image
+    views: int  # global augmented views that `embed` takes of each image: its config's `views`
+    local_views: int = 0  # local crops that it takes beside them: `data.local.count`
     batch_statistics: bool  # the loss depends on the batch as a whole
 
     def embed(self, batch: Batch) -> Embedded:

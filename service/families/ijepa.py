@@ -20,7 +20,6 @@ from service.models.encoder import build_encoder
 class IJepaFamily(Family):
     """Context encoder, its moving average as target encoder, and a narrow predictor between them."""
 
-    views = 1
     batch_statistics = False
 
     def __init__(self, config: IJepa, image_size: int) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 def projector(
     inputs: int, hidden: int, output: int, layers: int, norm: Literal["batch", "layer"] = "batch"
 ) -> nn.Sequential:
-    """Build (B, inputs) → (B, output): `layers` linear maps, norm and ReLU after all but the last."""
+    """Build (B, inputs) → (B, output): `layers` linear maps, norm and ReLU after all but the last; 0 leave as it is."""
+    if layers == 0:
+        return nn.Sequential()
     make_norm = nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
     widths = [inputs] + [hidden] * (layers - 1)
     parts: list[nn.Module] = []

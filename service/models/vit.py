@@ -65,9 +65,9 @@ class VisionTransformer(Timm):
         if positions == "sincos":
             self.pos_embed.requires_grad_(False).copy_(sincos_positions(self.trained_grid, self.dim)[None])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) to (B, D): the mean over all tokens."""
-        return self.tokens(x).mean(1)
+    def forward(self, x: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        """Encode (B, 3, H, W) to (B, D): the mean over all tokens; for the keys see `tokens`."""
+        return self.tokens(x, keys_B=keys_B).mean(1)
 
     def tokens(self, x: Tensor, keep_BK: Tensor | None = None, keys_B: Tensor | None = None) -> Tensor:
         """Encode images to normalised tokens.

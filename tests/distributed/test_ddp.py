@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from service.collectives import rank, world_size
 from service.engine.accumulate import backward
 from service.models.batchnorm import GlobalBatchNorm, synchronise
-from tests.families import ACCUMULATED, family_config, make_family, random_batch
+from tests.families import ACCUMULATED, MANY_VIEWS, VIEW_LOSSES, family_config, make_family, random_batch
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -35,9 +35,16 @@ def on_this_rank(kind, changes, dtype):
     return losses_and_gradients(module, batch.split(world_size())[rank()])
 
 
+def each_on_this_rank(settings):
+    return [on_this_rank(*each) for each in settings]
+
+
 def check(world, kind, changes, dtype, tolerance, shared=()):
+    compare(on_ranks(world, on_this_rank, kind, changes, dtype), kind, changes, dtype, tolerance, shared)
+
+
+def compare(ranks, kind, changes, dtype, tolerance, shared=()):
     total, terms, gradients = losses_and_gradients(*family_and_batch(kind, changes, dtype))
-    ranks = on_ranks(world, on_this_rank, kind, changes, dtype)
     mean = torch.stack([r[0] for r in ranks]).mean()
     torch.testing.assert_close(mean, total, rtol=tolerance, atol=0)
     for name in shared:
@@ -63,6 +70,13 @@ def test_resnet_with_global_batch_norm(world, output):
 
 def test_vit():
     check(2, "image_vicreg", ["family.encoder.kind=vit"], torch.float64, 1e-9, shared=("std", "cov"))
+
+
+def test_losses_of_views():
+    settings = [("image_vicreg", [*VIEW_LOSSES[kind], *MANY_VIEWS], torch.float64) for kind in VIEW_LOSSES]
+    ranks = on_ranks(2, each_on_this_rank, settings)
+    for number, (kind, changes, dtype) in enumerate(settings):
+        compare([rank[number] for rank in ranks], kind, changes, dtype, 1e-9)
 
 
 @pytest.mark.parametrize("world", [2, 4])

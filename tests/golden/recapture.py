@@ -27,6 +27,12 @@ SETTINGS = {
         "schedule__start_lr": 1e-3,
         "data__batch_size": 16,
     },
+    "sigreg": {
+        "family__loss": "{kind: sigreg, slices: 32}",
+        "family__views": 3,
+        "data__local": "{count: 2, size: 8}",
+        "data__batch_size": 32,
+    },
 }
 IJEPA = ["data.image_size=16", "family.encoder.patch_size=2", "data.batch_size=16", "family.encoder.drop_path=0.1"]
 NAMES = [*SETTINGS, "ijepa"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
-from service.config import Augment
+from service.config import Augment, Data
 from service.data import augment
 from service.data import pixels as pixels_of
 from service.data.draws import hash_numpy, hash_torch, key, uniform
@@ -288,3 +288,21 @@ def test_three_augment_takes_exactly_one_of_three():
     np.testing.assert_allclose([*shares.values()], [0.3, 0.3, 0.1], atol=0.05)
     blurred = view(image[:50], **ERASE | strong | {"blur": 1.0}) - plain
     assert blurred.abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_local_crops_are_small_and_each_its_own():
+    data = Data(uri="none", image_size=24, local={"count": 3, "size": 12, "crop_scale": (0.05, 0.3)})
+    kinds = augment.view_kinds(data, 2)
+    ids = torch.arange(500)
+    views, local = augment.draw_views(pixels(500), ids, kinds, seed=3, epoch=1)
+    assert views.shape == (2, 500, 3, 24, 24) and local.shape == (3, 500, 3, 12, 12)
+    alone = augment.view_kinds(data.model_copy(update={"local": None}), 2)
+    assert torch.equal(augment.draw_views(pixels(500), ids, alone, seed=3, epoch=1)[0], views)
+    shapes = np.full(500, 200)
+    areas = []
+    for crop in kinds[1].numbers:
+        boxes = augment.crop_boxes(ids.numpy(), shapes, shapes, config=kinds[1].config, seed=3, epoch=1, view=crop)
+        areas.append(boxes[:, 2] * boxes[:, 3] / 200**2)
+    areas = np.stack(areas)
+    assert 0.045 < areas.min() < 0.07 and 0.28 < areas.max() < 0.305 and abs(areas.mean() - 0.175) < 0.01
+    assert np.abs(np.corrcoef(areas) - np.eye(3)).max() < 0.15

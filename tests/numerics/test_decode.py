@@ -61,7 +61,7 @@ def test_crops_equal_pillows_antialiased_ones(photos, scale, at_least, size, mea
     for data in large:
         boxes = boxes_of(data, rng, shortest, scale)
         boxes[0, 2:] = shortest // scale * scale  # so that no larger scale will do
-        apart = np.abs(decode.decode_crops(data, boxes, size).astype(int) - pillow_crops(data, boxes, size))
+        apart = np.abs(decode.decode_crops(data, (boxes, size))[0].astype(int) - pillow_crops(data, boxes, size))
         means.append(apart.mean())
         maxima.append(apart.max())
     assert len(large) > 20
@@ -73,7 +73,7 @@ def test_edges_between_scaled_pixels_are_rounded_and_stay_inside(photos):
     data = next(data for data in photos if min(decode.image_size(data)) % 2)
     height, width = decode.image_size(data)
     boxes = np.array([[0, 0, height, width], [3, 5, height - 3, width - 5], [1, 1, 97, 97]])
-    crops = decode.decode_crops(data, boxes, 32)
+    [crops] = decode.decode_crops(data, (boxes, 32))
     apart = np.abs(crops.astype(int) - pillow_crops(data, boxes, 32))
     assert crops.shape == (3, 32, 32, 3)
     assert apart.mean() < 3  # half a pixel of the image's half size
@@ -88,7 +88,9 @@ def test_every_mode_becomes_rgb(mode, kind):
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert decode.image_size(data) == (48, 64)
     np.testing.assert_allclose(decode.decode_rgb(data).astype(int), expected, atol=3)
-    np.testing.assert_allclose(decode.decode_crops(data, whole, 48).astype(int), pillow_crops(data, whole, 48), atol=3)
+    np.testing.assert_allclose(
+        decode.decode_crops(data, (whole, 48))[0].astype(int), pillow_crops(data, whole, 48), atol=3
+    )
 
 
 def test_orientation_is_ignored():
@@ -130,4 +132,4 @@ def test_what_is_no_whole_image_is_a_value_error(broken, photos):
     with pytest.raises(ValueError):
         decode.decode_rgb(data)
     with pytest.raises(ValueError):
-        decode.decode_crops(data, np.array([[0, 0, 32, 32]]), 32)
+        decode.decode_crops(data, (np.array([[0, 0, 32, 32]]), 32))

@@ -23,7 +23,7 @@ def test_every_recipe_loads_and_states_its_covariance_divisor(name):
     config = recipes.load(name)
     assert config.name == name
     assert recipes.describe(name)
-    if config.family.kind == "image_vicreg":
+    if config.family.kind == "image_vicreg" and "vicreg" in config.family.loss.kind:
         assert "cov_norm" in (recipes.RECIPES / f"{name}.yaml").read_text()
 
 
@@ -107,6 +107,31 @@ def test_vit_patches_must_tile_the_image():
         recipes.load("rapid", ["family.encoder.kind=vit", "family.encoder.patch_size=5"])
     with pytest.raises(UserError, match="patch_size=4 does not divide data.eval_image_size=66"):
         recipes.load("rapid", ["family.encoder.kind=vit", "data.eval_image_size=66"])
+
+
+def test_local_crops_must_fit_and_be_of_use():
+    local = "data.local={count: 2, size: 16}"
+    assert recipes.load("rapid", [local, "data.local.size=24"]).data.local.size == 24
+    assert recipes.load("rapid", [local, "data.local=null"]).data.local is None
+    for recipe, overrides, message in (
+        ("rapid", ["data.local={count: 2}"], "data.local.size must be given"),
+        ("rapid", [local, "data.local.size=40"], "local.size=40 must not exceed image_size=32"),
+        ("rapid", [local, "data.local.crop_scale=[0.3,0.1]"], "low ≤ high"),
+        ("rapid", [local, "family.encoder={kind: vit, patch_size: 32}"], "does not divide data.local.size=16"),
+        ("ijepa-cpu", [local], "family ijepa local crops, which it has no use for: leave data.local out"),
+    ):
+        with pytest.raises(UserError, match="1 error.*\n.*" + message):
+            recipes.load(recipe, overrides)
+
+
+def test_losses_of_views_have_their_published_defaults():
+    for variant, weight, slices in (("bcs", 10.0, 256), ("lejepa", 0.02, 1024)):
+        loss = recipes.load("rapid", ["family.loss.kind=sigreg", f"family.loss.variant={variant}"]).family.loss
+        assert (loss.weight, loss.slices) == (weight, slices)
+    with pytest.raises(UserError, match="weight=10.0 must not exceed 1.*use variant=bcs"):
+        recipes.load("rapid", ["family.loss.kind=sigreg", "family.loss.weight=10"])
+    with pytest.raises(UserError, match="family.loss.cov_norm must be given"):
+        recipes.load("rapid", ["family.loss.kind=vicreg_sigreg"])
 
 
 def test_masks_that_cannot_exist_are_config_errors():

@@ -68,7 +68,7 @@ def test_crops_are_those_that_augmentation_draws(colours):
         options = {"config": Augment(crop_scale=(0.3, 0.6)), "seed": 3, "epoch": 1, "view": view}
         boxes = crop_boxes(ids.numpy(), heights, widths, **options)
         for image, each, box in zip(images[view], encoded, boxes, strict=True):
-            np.testing.assert_array_equal(image, decode_crops(each, box[None], 16)[0].transpose(2, 0, 1))
+            np.testing.assert_array_equal(image, decode_crops(each, (box[None], 16))[0][0].transpose(2, 0, 1))
 
 
 def test_without_views_the_centre_square_comes(colours):

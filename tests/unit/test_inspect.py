@@ -93,24 +93,29 @@ def test_contact_sheets_of_few_and_of_many_classes(classes, tmp_path):
 
 
 @pytest.mark.parametrize("square", [True, False])
-def test_augmented_views_are_those_of_training(square, tmp_path):
+@pytest.mark.parametrize("local", [None, {"count": 3, "size": 12, "crop_scale": (0.1, 0.2)}], ids=["global", "local"])
+def test_augmented_views_are_those_of_training(square, local, tmp_path):
     sides = [(24, 24)] * 32 if square else [(40 + n, 70 - n) for n in range(32)]
     split, _ = made(tmp_path, sides, [0] * 32, ("noise",))
-    data = Data.model_validate(
-        {"uri": split.store.uri, "image_size": 24, "batch_size": 16, "partitions": 1, "augment": {"blur": 0.5}}
-    )
+    settings = {"image_size": 24, "batch_size": 16, "partitions": 1, "augment": {"blur": 0.5}, "local": local}
+    data = Data.model_validate({"uri": split.store.uri, **settings})
     plan = make_plan([split], data, seed=3)
     reader = open_batches([split], plan, data, views=2, seed=3, device=torch.device("cpu"), hosts=1)
     epoch, step = 1, 3  # of two steps an epoch
     images, ids = next(iter(reader.iterate(step, step + 1, 0, 1)))[:2]
-    assert images.ndim == (4 if square else 5)
+    assert torch.is_tensor(images) == square
     shown = augmented(split, read_pictures(split, ids.numpy()), data, views=2, epochs=2, seed=3)
-    for view in range(2):
-        options = {"config": data.augment, "size": 24, "seed": 3, "epoch": epoch, "view": view}
-        seen = random_view(images if square else images[view], ids, cropped=not square, **options)
+    of_epoch = 5 if local else 2
+    assert all(len(row) == 2 * of_epoch for row in shown)
+    for view in range(of_epoch):
+        small = view >= 2
+        augment, side = (data.local_augment, 12) if small else (data.augment, 24)
+        crops = images if square else images[small][view - 2 * small]
+        options = {"config": augment, "size": side, "seed": 3, "epoch": epoch, "view": view}
+        seen = random_view(crops, ids, cropped=not square, **options)
         levels = (seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
-        drawn = torch.from_numpy(np.stack([row[2 * epoch + view] for row in shown])).permute(0, 3, 1, 2)
-        assert (drawn - levels).abs().max() <= 0.501
+        drawn = torch.from_numpy(np.stack([row[of_epoch * epoch + view] for row in shown])).permute(0, 3, 1, 2)
+        assert drawn.shape == (16, 3, side, side) and (drawn - levels).abs().max() <= 0.501
 
 
 # Commands

@@ -75,6 +75,19 @@ def test_a_run_continues_bitwise(tmp_path, mixed):
     assert whole[6]["epoch"] == pytest.approx(6 / 4 if mixed else 6 / 8)
 
 
+@pytest.mark.parametrize("sizes", [True, False], ids=["stream", "resident"])
+def test_local_crops_come_from_either_reader_and_continue_bitwise(tmp_path, sizes):
+    folder = write(tmp_path / "photos", SHARDS, sizes=sizes)
+    config = config_of(folder, data__local="{count: 2, size: 8}", family__views=3)
+    whole, _ = run(config, tmp_path / "whole")
+    run(config, tmp_path / "cut", stop_after=4)
+    after, resumed = run(config, tmp_path / "cut")
+    without, _ = run(config_of(folder, family__views=3), tmp_path / "without")
+    assert resumed["resumed_from"] in (0, 2, 4) and len(set(losses(whole).values())) == 6
+    assert losses(after).items() <= losses(whole).items()
+    assert not set(losses(whole).values()) & set(losses(without).values())
+
+
 def test_a_mixture_is_planned_and_named_by_all_its_data(tmp_path):
     config = mixture_of(tmp_path)
     made = plan.make(config)

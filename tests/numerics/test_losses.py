@@ -65,3 +65,35 @@ def test_statistics_stay_fp32_under_autocast():
         inside = losses.vicreg_terms(z, z + 0.1, gamma=1.0, cov_norm="paper")
     for name in plain:
         assert torch.equal(plain[name], inside[name])
+
+
+def nt_xent_oracle(z1, z2, temperature):
+    """SimCLR's eq. 1, pair by pair."""
+    z = np.concatenate([z1, z2])
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    n, total = len(z1), 0.0
+    for i in range(2 * n):
+        others = [np.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i]
+        total -= np.log(np.exp(z[i] @ z[(i + n) % (2 * n)] / temperature) / np.sum(others))
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_nt_xent_equals_its_definition(temperature):
+    z1, z2 = np.random.default_rng(0).normal(size=(2, 7, 4)) * 3
+    got = losses.nt_xent(torch.tensor(z1), torch.tensor(z2), temperature)
+    np.testing.assert_allclose(got.item(), nt_xent_oracle(z1, z2, temperature), rtol=1e-12)
+
+
+def test_nt_xent_has_the_gradients_of_finite_differences_and_ignores_lengths():
+    z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    views = [z.requires_grad_() for z in (z1.clone(), z2.clone())]
+    assert torch.autograd.gradcheck(lambda a, b: losses.nt_xent(a, b, 0.2), views)
+    torch.testing.assert_close(losses.nt_xent(9 * z1, z2 / 9, 0.2), losses.nt_xent(z1, z2, 0.2), rtol=1e-12, atol=0)
+
+
+def test_nt_xent_of_a_collapse_is_chance_and_of_apart_pairs_nothing():
+    collapsed = torch.ones(8, 3, dtype=torch.float64)
+    np.testing.assert_allclose(losses.nt_xent(collapsed, collapsed, 0.1), np.log(15), rtol=1e-12)
+    apart = torch.eye(8, dtype=torch.float64)
+    assert losses.nt_xent(apart, apart, 0.05) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from service.engine.worker import Worker
 from service.evaluate import linear_probe
 from service.evaluate.features import RawPixels, extract
 from service.evaluate.report import Scores, evaluate_features, gains, percentages
-from service.models.encoder import build_encoder
+from service.models.encoder import build_encoder, every_level
 
 _DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
 _VERSION = "linear-v1"
@@ -27,7 +28,7 @@ def random_encoder(config: RunConfig) -> nn.Module:
     """Build the run's encoder as it was before its first step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_encoder(image_size=config.data.image_size, **config.family.encoder.model_dump())
+        return build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Protocol:
         data = self.config.data
         return data.test_split if data.test_split in self.index.splits else data.val_split
 
-    def final(self, encoder: nn.Module) -> dict[str, Any]:
-        """Validation scores, and the table raw pixels / random encoder / trained on the reported split."""
+    def final(self, encoder: nn.Module, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+        """Validation scores, and the table of `encoder` and of `others` on the reported split."""
         reported = self.reported_split
         data = self.config.data
         # Names what `val_linear` measures: encoders compare only under one name.
@@ -63,22 +64,43 @@ class Protocol:
             f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.eval_image_size}px"
         )
         head = {"protocol": protocol, "reported_split": reported}
-        return self.validation(encoder) | head | self.table(encoder, reported)
+        return self.validation(encoder) | head | self.table(encoder, reported, others)
 
-    def table(self, encoder: nn.Module, split: str) -> dict[str, Any]:
-        """Scores of the three encoders on `split`, and paired intervals of the trained one over the baselines."""
+    def table(self, encoder: nn.Module, split: str, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+        """Scores on `split`, and paired intervals of the trained encoder over the baselines.
+
+        Rows are raw pixels, the encoder at random weights, the trained one, each level of it if it has levels, and the
+        `others` that were trained beside it.
+        """
         random = random_encoder(self.config).to(self.worker.device)
         random = random.double() if self.config.compute.precision == "fp64" else random
-        encoders = {"raw_pixels": RawPixels(), "random_encoder": random, "trained": encoder}
-        reports = {name: self._report(module, split) for name, module in encoders.items()}
-        return {"scores": {name: percentages(r) for name, r in reports.items()}, "paired": gains(reports)}
+        baselines = {"raw_pixels": RawPixels(), "random_encoder": random}
+        reports = {name: self._report(module, split) for name, module in baselines.items()}
+        levels = self._levels(encoder, split)
+        reports["trained"] = levels.pop("trained")
+        found = gains(reports)
+        reports |= levels | {name: self._report(module, split) for name, module in (others or {}).items()}
+        return {"scores": {name: percentages(r) for name, r in reports.items()}, "paired": found}
+
+    def _levels(self, encoder: nn.Module, split: str) -> dict[str, Scores]:
+        """Scores of the representation as `trained`, and of each level of an encoder that has levels."""
+        whole, parts = every_level(encoder)
+        train, held_out = (self._features(whole, name) for name in (self.config.data.train_split, split))
+        found = {(p.start, p.stop): self._scores(train, held_out, p) for p in parts.values()}
+        return {name: found[part.start, part.stop] for name, part in parts.items()}
 
     def _report(self, encoder: nn.Module, split: str) -> Scores:
         train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
+        return self._scores(train, held_out, slice(None))
+
+    def _scores(self, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], part: slice) -> Scores:
+        """Scores of some dimensions of the features."""
         options = self.config.eval
         return evaluate_features(
-            *train,
-            *held_out,
+            train[0][:, part],
+            train[1],
+            held_out[0][:, part],
+            held_out[1],
             classes=self._classes,
             c=options.probe_c,
             k=options.knn_k,

@@ -13,6 +13,7 @@ from service.data.resident import ResidentBatches
 from service.engine.loop import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
+from service.families.base import Batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -92,8 +93,8 @@ def test_fp64_losses_equal_the_cpu():
             compute__device=device, compute__precision="fp64", family__encoder__depth=10, family__encoder__width=8
         )
         images, ids = next(batches(1))
-        views = t._views(images.cpu(), ids.cpu(), 0).to(device)
-        found[device] = t.module(views).total.item()
+        batch = Batch(*(None if part is None else part.to(device) for part in t._batch(images.cpu(), ids.cpu(), 0)))
+        found[device] = t.module(batch).total.item()
     np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=1e-9)
 
 

@@ -83,3 +83,8 @@ def test_cutmix_takes_a_rectangle_of_the_partner_from_views_of_any_size():
 def test_one_sample_of_a_partition_has_no_partner():
     with pytest.raises(UserError, match="need two samples of a partition.*lower data.partitions"):
         family_config("image_vicreg", "data.augment.mixup=0.8", "data.partitions=64")
+
+
+def test_samples_that_the_loss_tells_apart_are_not_mixed():
+    with pytest.raises(UserError, match="mixup and cutmix with family.loss.kind=nt_xent: it pushes a sample away"):
+        family_config("image_vicreg", "data.augment.cutmix=1.0", "family.loss.kind=nt_xent")

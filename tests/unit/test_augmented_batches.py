@@ -30,7 +30,8 @@ def batch(*changes, rank=0, world=1, step=5):
     trainer.worker = replace(worker, rank=rank, world=world)
     images = torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    return trainer._batch(images[mine], torch.arange(BATCH)[mine], step).views
+    made = trainer._batch(images[mine], torch.arange(BATCH)[mine], step)
+    return made.views if made.local is None else made.local
 
 
 @pytest.mark.parametrize("option", [*DEIT3, "data.augment.three_augment=1"])
@@ -38,10 +39,12 @@ def test_each_option_acts(option):
     assert not torch.equal(batch(), batch(option))
 
 
-def test_ranks_get_their_part_of_the_batch_of_one():
-    whole = batch(*DEIT3)
+@pytest.mark.parametrize("crops", [[], ["data.local.size=8"]], ids=["views", "local"])
+def test_ranks_get_their_part_of_the_batch_of_one(crops):
+    whole = batch(*DEIT3, *crops)
+    assert not torch.equal(whole, batch(*crops))
     for world in (2, 4):
-        parts = [batch(*DEIT3, rank=rank, world=world) for rank in range(world)]
+        parts = [batch(*DEIT3, *crops, rank=rank, world=world) for rank in range(world)]
         assert torch.equal(torch.cat(parts, 1), whole)
 
 

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import logging
+import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import gt, lt
 from statistics import fmean, pstdev
-from typing import Any
 
 from service.config import RunConfig
+from service.tracking import leaves
 
-log = logging.getLogger(__name__)
 Row = dict[str, float]
 Series = Mapping[str, Sequence[tuple[int, float]]]
 """Of each metric, (step, value) in the order of the steps."""
 
 PREFIX = "alarm/"
+# What to do with which settings; a star stands for the part of a family that has such a term.
 CURES = {
     "collapse": (
-        ("raise", "family.loss.std"),
-        ("raise", "family.loss.weight"),
-        ("raise", "family.loss.sigreg"),
-        ("raise", "family.regulariser.std"),
+        ("raise", "family.*.std"),
+        ("raise", "family.*.sigreg"),
+        ("raise", "family.*.weight"),
+        ("lower", "family.*.temperature"),
+        ("set", "family.regulariser"),
+        ("set", "family.momentum"),
         ("raise", "family.momentum.start"),
         ("enlarge", "family.masking.targets.scale"),
         ("lower", "optim.lr"),
     ),
     "correlated": (
-        ("raise", "family.loss.cov"),
-        ("raise", "family.regulariser.cov"),
+        ("raise", "family.*.cov"),
+        ("raise", "family.*.sigreg"),
+        ("raise", "family.*.weight"),
+        ("lower", "family.*.temperature"),
+        ("set", "family.regulariser"),
         ("raise", "family.momentum.start"),
         ("enlarge", "family.masking.targets.scale"),
     ),
@@ -59,19 +64,10 @@ def cure(alarm: str, config: RunConfig) -> str:
 
     What is none can only be set, and what is set only be changed.
     """
-    present = [(verb, name, value) for verb, name in CURES[alarm] for value in _setting(config, name)]
-    fitting = [each for each in present if (each[0] == "set") == (each[2] is None)]
-    return " or ".join(f"{verb} {name} (now {value})" for verb, name, value in fitting)
-
-
-def _setting(config: RunConfig, name: str) -> tuple[Any, ...]:
-    """The value of a dotted name as one element, nothing where this run has no such setting."""
-    value: Any = config
-    for part in name.split("."):
-        if part not in getattr(type(value), "model_fields", ()):
-            return ()
-        value = getattr(value, part)
-    return (value,)
+    settings = dict(leaves(config.plain()))
+    advice = ((verb, name) for verb, pattern in CURES[alarm] for name in fnmatch.filter(settings, pattern))
+    fitting = ((verb, name) for verb, name in advice if (verb == "set") == (settings[name] == "null"))
+    return " or ".join(f"{verb} {name} (now {settings[name]})" for verb, name in fitting)
 
 
 def judge(series: Series, config: RunConfig, warmup: int) -> dict[str, str]:

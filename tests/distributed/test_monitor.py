@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 BATCH, STEPS = 16, 4
 OPTIONS = ["compute.precision=fp64", f"data.batch_size={BATCH}", "monitor.patience=1", "monitor.min_variance=1000"]
-OPTIONS += ["monitor.rows=24", "monitor.max_correlation=1"]
+OPTIONS += ["monitor.rows=24", "monitor.max_correlation=1", "compute.threads=1"]
 NO_BATCH_NORM = {"family__projector__norm": "layer", "family__encoder__norm": "group"}
 
 

@@ -385,14 +385,14 @@ def recipes(as_json: bool) -> None:
 def masks(recipe: str, overrides: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Draw the masks of RECIPE and how often each patch is context and target."""
     from jobs import recipes as shipped
+    from service.config import Jepa
     from service.plots import mask_sheet
 
     config = shipped.load(recipe, overrides)
-    masking = getattr(config.family, "masking", None)
-    if masking is None:
+    if not isinstance(config.family, Jepa):
         raise UserError(f"family.kind={config.family.kind} draws no masks: choose a recipe such as ijepa-cpu")
-    grid = config.mask_grid
-    built = masking.build(grid)
+    grid = config.family.grid(config.data.image_size)
+    built = config.family.maskings(config.data.image_size)[-1]
     mask_sheet(built, grid, config.seed).save(out)
     if as_json:
         emit({"out": str(out), "grid": grid, "context_tokens": built.context_tokens})

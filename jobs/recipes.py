@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -32,9 +32,10 @@ def describe(name: str) -> str:
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a shipped recipe by name, or a YAML or JSON file by path, and apply `key.sub=value` overrides."""
-    tree, own = _read(recipe)
     errors: list[str] = []
-    merged = _merge(_defaults(RunConfig), {"name": own, **tree}, RunConfig)
+    merged = _defaults(RunConfig)
+    for tree in _layers(recipe):
+        merged = _merge(merged, tree, RunConfig)
     for override in overrides:
         path, _, text = override.partition("=")
         if "=" not in override or not path:
@@ -60,6 +61,15 @@ def schema() -> str:
 def to_yaml(config: RunConfig) -> str:
     """Every setting of a config, written out."""
     return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
+
+
+def _layers(recipe: str, above: tuple[str, ...] = ()) -> list[Tree]:
+    """Settings of a recipe after those of the recipe that it names as its `base`, and so on."""
+    if recipe in above:
+        raise UserError(f"recipe {recipe!r} is its own base, through {' → '.join(above)}: name another one")
+    tree, own = _read(recipe)
+    base = tree.pop("base", None)
+    return [*(_layers(str(base), (*above, recipe)) if base is not None else []), {"name": own, **tree}]
 
 
 def _read(recipe: str) -> tuple[Tree, str]:
@@ -106,6 +116,8 @@ def _variants(annotation: Any) -> list[type[BaseModel]]:
     """Config types that an annotation admits: none for a plain value, several for a union told apart by `kind`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if get_origin(annotation) is Annotated:
+        return _variants(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
         return [variant for arg in get_args(annotation) for variant in _variants(arg)]
     return []

@@ -33,7 +33,7 @@ def render(result: dict[str, Any]) -> str:
     for column in scores["trained"]:
         table.add_column(_heading(column), justify="right")
     for name, row in scores.items():
-        table.add_row(_TITLES[name], *(f"{value:.1f}" for value in row.values()))
+        table.add_row(_TITLES.get(name, name.replace("_", " ")), *(f"{value:.1f}" for value in row.values()))
     table.add_section()
     gains = (paired[column] for column in scores["trained"])
     table.add_row("gain", *(f"{gain['points']:+.1f} ± {gain['half_width']:.1f}" for gain in gains))
@@ -53,7 +53,7 @@ def _quality_table(quality: dict[str, dict[str, Any]]) -> Any:
         table.add_column(heading, justify="right")
     for name, metrics in quality.items():
         cells = (f"{metrics[metric]:.3g}" if metric in metrics else "–" for metric in _QUALITY)
-        table.add_row(_TITLES[name], *cells)
+        table.add_row(_TITLES.get(name, name.replace("_", " ")), *cells)
     return table
 
 

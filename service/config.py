@@ -229,6 +229,11 @@ class ViT(Frozen):
     attention: Literal["auto", "fused", "plain"] = Field("auto", description="auto takes the faster one on the device")
     checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.depth or {"large": 24, "huge": 32}.get(self.size, 12)
+
 
 Encoder = Annotated[ResNet | ViT, Field(discriminator="kind")]
 
@@ -304,7 +309,21 @@ class NtXentLoss(Frozen):
 ViewLoss = Annotated[VicregLoss | SigregLoss | VicregSigregLoss | NtXentLoss, Field(discriminator="kind")]
 
 
-class ImageVicreg(Frozen):
+class FamilyConfig(Frozen):
+    """Base of every family's config; `Name` of kind `name` is built by `NameFamily` in `service/families/name.py`."""
+
+    components: ClassVar[tuple[str, ...]]  # trained modules of the family
+    takes_local_crops: ClassVar[bool] = False
+
+    def encoder_options(self) -> dict[str, Any]:
+        """What `build_encoder` takes besides the image size, to build the encoder that is evaluated."""
+        return self.model_dump(include={"encoder"})["encoder"]
+
+    def check(self, data: Data) -> None:
+        """Raise ValueError, which begins with a setting's name, where the family cannot train on such data."""
+
+
+class ImageVicreg(FamilyConfig):
     """Joint embedding of augmented views of an image."""
 
     components: ClassVar[tuple[str, ...]] = ("encoder", "projector")
@@ -407,12 +426,25 @@ Masking = Annotated[
 ]
 
 
+class Curriculum(Frozen):
+    """Targets that start few and small and grow, stage by stage, to those of `masking`."""
+
+    stages: Annotated[int, Field(ge=2)] = Field(
+        4, description="parts of the run; token counts change between them only"
+    )
+    count: Count = Field(1, description="target blocks of the first stage")
+    scale: Range = Field((0.05, 0.1), description="area of the first stage's blocks, as a share of the grid")
+
+
 class Momentum(Frozen):
-    """How the target encoder follows: w̄ ← τ·w̄ + (1 − τ)·w, τ from `start` to `end` over the run."""
+    """How the target encoder follows: w̄ ← τ·w̄ + (1 − τ)·w, τ from `start` to `end`."""
 
     start: Fraction = 0.996
     end: Fraction = 1.0
     schedule: Literal["linear", "cosine"] = "linear"
+    warmup: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="share of the run over which τ gets from start to end, where it stays"
+    )
 
 
 class PredictorViT(Frozen):
@@ -432,23 +464,147 @@ class PredictorViT(Frozen):
         return self
 
 
-class IJepa(Frozen):
-    """Prediction of the representations of hidden blocks (Assran et al. 2023)."""
+class Jepa(FamilyConfig):
+    """What the families share that predict hidden blocks."""
 
     components: ClassVar[tuple[str, ...]] = ("context_encoder", "predictor")
-    views: ClassVar[int] = 1
-    takes_local_crops: ClassVar[bool] = False
-    kind: Literal["ijepa"] = "ijepa"
+    takes_local_crops: ClassVar[bool] = True
     encoder: ViT = ViT(positions="sincos")  # pyright: ignore[reportCallIssue]
+    views: Literal[1, 2] = Field(1, description="augmented views of an image, each predicted under the same masks")
     predictor: PredictorViT = PredictorViT()
     masking: Masking = PaperMasking()
-    momentum: Momentum = Momentum()
+    curriculum: Curriculum | None = Field(None, description="how masks grow over the run; none: they do not")
+    momentum: Momentum | None = Field(
+        Momentum(),  # pyright: ignore[reportCallIssue]
+        description="of the target encoder; none: targets come from the encoder itself, with gradients",
+    )
     loss: Literal["smooth_l1", "mse", "cosine"] = "smooth_l1"
-    normalise_targets: bool = Field(True, description="layer-normalise the target encoder's tokens, without affine")
+    normalise_targets: Literal["layer", "l2", "none"] = Field(
+        "layer", description="each target token: layer-normalised without affine, divided by its length, or as it is"
+    )
+    regulariser: ViewLoss | None = Field(
+        None, description="loss of pooled views: two views' contexts, or one view's context and target; local crops"
+    )
+    regulariser_weight: NonNegative = Field(0.1, description="λ, of the regulariser's mean over levels")
     eval_encoder: Literal["target", "context"] = Field("target", description="the one evaluated, exported and served")
 
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Patches of a view, (rows, columns)."""
+        side = image_size // self.encoder.patch_size
+        return side, side
 
-Family = Annotated[ImageVicreg | IJepa, Field(discriminator="kind")]
+    def maskings(self, image_size: int) -> tuple[masks.Masking, ...]:
+        """Masking of each stage of the curriculum, one without; ValueError for a stage that cannot be."""
+        return self._stages(self.grid(image_size))
+
+    def _stages(self, grid: tuple[int, int]) -> tuple[masks.Masking, ...]:
+        try:
+            last = self.masking.build(grid)
+        except ValueError as error:
+            raise ValueError(f"family.masking.{error}") from None
+        if self.curriculum is None:
+            return (last,)
+        if not isinstance(last, masks.Multiblock):
+            raise ValueError(
+                f"family.curriculum grows target blocks, and family.masking.kind={self.masking.kind} is none of "
+                "'paper', 'guide', 'block': choose one of them, or leave the curriculum out"
+            )
+        first, stages = self.curriculum, self.curriculum.stages
+        targets = masks.Blocks(first.count, first.scale, last.targets.aspect)
+        try:
+            return masks.curriculum(masks.Multiblock(grid, last.contexts, targets), last, stages)
+        except ValueError as error:
+            raise ValueError(f"family.curriculum, a stage between its own targets and masking's: {error}") from None
+
+    def check(self, data: Data) -> None:
+        """Refuse masks that cannot be, at any stage, and what needs a regulariser without one."""
+        if self.regulariser is None and self.momentum is None:
+            raise ValueError(
+                "family.momentum=None lets targets follow the loss, and nothing keeps them apart: set "
+                "family.regulariser, such as {kind: sigreg, weight: 1.0}, or give the target encoder its momentum"
+            )
+        if self.regulariser is None and data.local is not None:
+            raise ValueError(
+                "data.local gives small crops to the regulariser, and family.regulariser is none: set it, such as "
+                "{kind: vicreg, cov_norm: paper}, or leave data.local out"
+            )
+        self.maskings(data.image_size)
+
+
+class IJepa(Jepa):
+    """Prediction of the representations of hidden blocks (Assran et al. 2023)."""
+
+    kind: Literal["ijepa"] = "ijepa"
+    target: Literal["patch", "pooled"] = Field("patch", description="predict a block's tokens, or their mean")
+
+
+class HJepa(Jepa):
+    """I-JEPA on several levels of a pyramid: the patch grid, pooled 2×2, 4×4 …, each taken deeper in the encoder."""
+
+    kind: Literal["hjepa"] = "hjepa"
+    masking: Masking = PaperMasking(targets=_blocks(2, (0.15, 0.25), (0.75, 1.5)))
+    regulariser: ViewLoss | None = VicregLoss(cov_norm="paper")  # pyright: ignore[reportCallIssue]
+    levels: Annotated[int, Field(ge=2, le=4)] = 3
+    whole_image: bool = Field(False, description="the last level is the whole image's mean instead of a pooled grid")
+    depths: tuple[Count, ...] | None = Field(
+        None, description="block that each level is taken after, finest level first; none spreads them evenly"
+    )
+    fpn: Literal["add", "concat"] | None = Field(None, description="feature pyramid: how a level takes the coarser in")
+    weights: tuple[NonNegative, ...] | None = Field(
+        None, description="of the levels' losses, finest first; none halves from level to level: 1, 0.5, 0.25 …"
+    )
+    eval_level: Annotated[int, Field(ge=1, le=4)] | Literal["all"] | None = Field(
+        None, description="level that is evaluated, exported and served, 1 is the finest; none takes the last"
+    )
+
+    @property
+    def unit(self) -> int:
+        """Side in patches of the cells of the coarsest grid: masks consist of whole cells."""
+        return 2 ** (self.levels - 1 - self.whole_image)
+
+    def encoder_options(self) -> dict[str, Any]:
+        """As of any family, with the pyramid's settings."""
+        pyramid = self.model_dump(include={"levels", "whole_image", "depths", "fpn", "eval_level"})
+        return super().encoder_options() | pyramid | {"kind": "pyramid"}
+
+    def maskings(self, image_size: int) -> tuple[masks.Masking, ...]:
+        """Masking of each stage in whole cells of the coarsest grid."""
+        rows, columns = (side // self.unit for side in self.grid(image_size))
+        return tuple(masks.Coarse(masking, columns, self.unit) for masking in self._stages((rows, columns)))
+
+    def check(self, data: Data) -> None:
+        """Refuse grids that do not divide into cells, and settings that do not fit the number of levels."""
+        side = self.grid(data.image_size)[0]
+        if side % self.unit:
+            patch = self.encoder.patch_size
+            near = max(1, round(side / self.unit)) * self.unit * patch
+            raise ValueError(
+                f"family.levels={self.levels} needs a grid that {self.unit}×{self.unit} cells tile, and it has "
+                f"{side}×{side} patches: use data.image_size={near}, another patch_size or fewer levels"
+            )
+        self._check_levels()
+        super().check(data)
+
+    def _check_levels(self) -> None:
+        for name in ("depths", "weights"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.levels:
+                raise ValueError(f"family.{name}={given} must have one value for each of family.levels={self.levels}")
+        blocks = self.encoder.blocks
+        if self.depths is not None and [*self.depths[:-1], blocks] != sorted(self.depths):
+            raise ValueError(
+                f"family.depths={self.depths} must ascend and end with the encoder's last block, {blocks}: "
+                "a coarser level is no earlier, and blocks after the last level would not be trained"
+            )
+        if isinstance(self.eval_level, int) and self.eval_level > self.levels:
+            raise ValueError(
+                f"family.eval_level={self.eval_level} exceeds family.levels={self.levels}: use one of them"
+            )
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError(f"family.weights={self.weights} are all zero: nothing would be learned")
+
+
+Family = Annotated[ImageVicreg | IJepa | HJepa, Field(discriminator="kind")]
 
 
 class Optimizer(Frozen):
@@ -648,11 +804,6 @@ class RunConfig(Frozen):
                 "use a number of workers that divides them"
             )
         self._check_mixing(batch // partitions)
-        if isinstance(self.family, IJepa):
-            try:
-                self.family.masking.build(self.mask_grid)
-            except ValueError as error:
-                raise ValueError(f"family.masking.{error}") from None
         unknown = sorted(set(self.optim.weight_decay_of) - set(self.family.components))
         if unknown:
             raise ValueError(
@@ -700,14 +851,8 @@ class RunConfig(Frozen):
         for name, side in sides.items():
             if isinstance(encoder, ViT) and side % encoder.patch_size:
                 raise ValueError(f"family.encoder.patch_size={encoder.patch_size} does not divide data.{name}={side}")
+        self.family.check(self.data)
         return self
-
-    @property
-    def mask_grid(self) -> tuple[int, int]:
-        """Patches of a view that a masking family divides into context and targets, (rows, columns)."""
-        assert isinstance(self.family.encoder, ViT)
-        side = self.data.image_size // self.family.encoder.patch_size
-        return side, side
 
     def plain(self) -> dict[str, Any]:
         """Return the whole tree as JSON-ready plain values, every default written out."""

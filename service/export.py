@@ -47,7 +47,7 @@ def read_config(folder: Path) -> RunConfig:
 def load_encoder(folder: Path) -> nn.Module:
     """Build the encoder that a folder's config describes and load its weights, in evaluation mode, float32."""
     config = read_config(folder)
-    encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder.model_dump())
+    encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
     encoder.load_state_dict(load_file(folder / WEIGHTS))
     return encoder.float().eval()
 

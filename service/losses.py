@@ -113,10 +113,12 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, itself ^ 1)
 
 
-def prediction_loss(predicted: Tensor, wanted: Tensor, kind: Literal["smooth_l1", "mse", "cosine"]) -> Tensor:
-    """Mean distance of predicted tokens (…, D) to wanted ones: smooth-L1 with β = 1, squared, or 1 − cosine."""
-    if kind == "smooth_l1":
-        return F.smooth_l1_loss(predicted, wanted)
-    if kind == "mse":
-        return F.mse_loss(predicted, wanted)
-    return 1 - F.cosine_similarity(predicted, wanted, dim=-1).mean()
+def prediction_losses(predicted: Tensor, wanted: Tensor, kind: Literal["smooth_l1", "mse", "cosine"]) -> Tensor:
+    """Mean distance of each sample's predicted tokens (B, …, D) to wanted ones, (B,).
+
+    Smooth-L1 with β = 1, squared, or 1 − cosine.
+    """
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(predicted, wanted, dim=-1).flatten(1).mean(1)
+    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
+    return distance(predicted, wanted, reduction="none").flatten(1).mean(1)

@@ -283,6 +283,18 @@ def refine(cells: Patches, width: int, unit: int) -> Patches:
     return np.sort((rows * width * unit + columns).reshape(*cells.shape[:-1], -1), axis=-1)
 
 
+def nested_order(grid: tuple[int, int], unit: int) -> Patches:
+    """Raster numbers of all patches, cell of `unit`×`unit` after cell, inside a cell in Morton's order, (N,).
+
+    In this order 4ˡ patches in a row, from a multiple of 4ˡ on, are a square of 2ˡ×2ˡ, for all 2ˡ ≤ `unit`.
+    """
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    place = (row // unit * (grid[1] // unit) + column // unit) * unit**2
+    for bit in range(unit.bit_length() - 1):
+        place += ((row >> bit & 1) << 2 * bit + 1) + ((column >> bit & 1) << 2 * bit)
+    return np.argsort(place)
+
+
 def curriculum(first: Multiblock, last: Multiblock, stages: int) -> tuple[Multiblock, ...]:
     """Stages from `first` to `last`: scales linear, numbers of target blocks rounded."""
 

@@ -26,6 +26,7 @@ from service.models.resnet import ResNet
 Shapes = dict[str, tuple[int, ...]]
 _LEFT_OUT = ("head.", "fc.", "cls_token", "reg_token")
 _POSITIONS = "pos_embed"
+_OURS_ALONE = "fpn."  # starts at random where the weights have none
 _LARGEST_HEADER = 100 << 20  # bytes, as in safetensors itself
 _SHOWN = 8
 
@@ -40,7 +41,7 @@ def check_initial(config: RunConfig) -> str:
     store, name = _locate(config.init_from)
     theirs = _read_shapes(store, name)
     with torch.device("meta"):
-        encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder.model_dump())
+        encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
     _compare({key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}, theirs, config.init_from)
     digest = hashlib.sha256()
     for chunk in store.stream(name):
@@ -92,7 +93,8 @@ def _read_shapes(store: Store, name: str) -> Shapes:
 def _compare(ours: Shapes, theirs: Shapes, uri: str) -> None:
     """Raise a `UserError` that lists what of `theirs` does not fit `ours`."""
     theirs = {key: shape for key, shape in theirs.items() if not key.startswith(_LEFT_OUT)}
-    faults = [f"{key} is missing" for key in ours if key not in theirs and not key.endswith("num_batches_tracked")]
+    needed = [key for key in ours if not key.endswith("num_batches_tracked") and not key.startswith(_OURS_ALONE)]
+    faults = [f"{key} is missing" for key in needed if key not in theirs]
     faults += [f"{key} has no counterpart" for key in theirs if key not in ours]
     for key, shape in ours.items():
         if key in theirs and theirs[key] != shape and not _can_resample(key, shape, theirs[key]):

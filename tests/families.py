@@ -1,26 +1,30 @@
 """Small families and batches of random images for tests."""
 
+import tempfile
+from contextlib import suppress
+
 import pytest
 import torch
 
 from jobs import recipes
 from service.data.draws import hash_torch, key
+from service.data.store import Store
+from service.engine.loop import Run, train
 from service.families import build_family
 from service.families.base import Batch
 from tests.configs import TINY
 
+SMALL_VIT = [
+    "data.image_size=32",
+    "family.encoder.depth=3",
+    "family.predictor.width=24",
+    "family.predictor.depth=2",
+    "family.predictor.heads=2",
+]
 _RECIPES = {
     "image_vicreg": ("demo", []),
-    "ijepa": (
-        "ijepa-cpu",
-        [
-            "data.image_size=32",
-            "family.encoder.depth=3",
-            "family.predictor.width=24",
-            "family.predictor.depth=2",
-            "family.predictor.heads=2",
-        ],
-    ),
+    "ijepa": ("ijepa-cpu", SMALL_VIT),
+    "hjepa": ("hjepa-cpu", SMALL_VIT),
 }
 _VICREG_ONLY = ("family.encoder.width", "family.projector")
 
@@ -64,10 +68,32 @@ VIEW_LOSSES = {
 MANY_VIEWS = ["family.views=3", "data.local={count: 2, size: 8}"]
 
 # Families and settings whose micro-batches must add up to the batch; batch norm is refused.
+END_TO_END = ["family.momentum=null", "family.regulariser={kind: sigreg, weight: 1.0, slices: 16}"]
 GROUP = ["family.encoder.norm=group", "family.projector.norm=layer"]
 ACCUMULATED = [
     pytest.param("image_vicreg", [*GROUP, "family.projector.output=8"], id="vicreg-moments"),
     pytest.param("ijepa", ["family.encoder.drop_path=0.2"], id="ijepa"),
+    pytest.param("hjepa", ["family.encoder.drop_path=0.2", "family.views=2"], id="hjepa"),
+    pytest.param("hjepa", END_TO_END, id="hjepa-end-to-end"),
     pytest.param("image_vicreg", [*GROUP, "family.projector.output=32"], id="vicreg-gathered"),
     *(pytest.param("image_vicreg", [*GROUP, *VIEW_LOSSES[kind], *MANY_VIEWS], id=kind) for kind in VIEW_LOSSES),
 ]
+
+
+class _Enough(Exception):  # noqa: N818
+    """The losses are known: what follows would only evaluate the encoder."""
+
+
+def first_losses(config, steps):
+    """Losses of a run's first steps; it must log every step."""
+    threads, found = torch.get_num_threads(), []
+
+    def take(step, row):
+        found.append(row["loss"])
+        if step == steps:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
+        train(config, Run(Store(folder)), rows=take)
+    torch.set_num_threads(threads)
+    return found

@@ -266,7 +266,7 @@ def train(
     checkpoints.wait()
     seconds = time.monotonic() - began
     share_buffers(trainer.evaluated)
-    scores = protocol.final(trainer.evaluated)
+    scores = protocol.final(trainer.evaluated, family.others)
     result = {
         "steps": trainer.length.total,
         "resumed_from": start,

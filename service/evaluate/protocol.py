@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from service.engine.worker import Worker
 from service.evaluate import linear_probe, quality
 from service.evaluate.features import RawPixels, extract, extract_views
 from service.evaluate.report import Scores, evaluate_features, gains, percentages
-from service.models.encoder import build_encoder
+from service.models.encoder import build_encoder, every_level
 
 _DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
 _VERSION = "linear-v1"
@@ -28,7 +29,7 @@ def random_encoder(config: RunConfig) -> nn.Module:
     """Build the run's encoder as it was before its first step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_encoder(image_size=config.data.image_size, **config.family.encoder.model_dump())
+        return build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Protocol:
         data = self.config.data
         return data.test_split if data.test_split in self.index.splits else data.val_split
 
-    def final(self, encoder: nn.Module) -> dict[str, Any]:
-        """Validation scores, and the table raw pixels / random encoder / trained on the reported split."""
+    def final(self, encoder: nn.Module, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+        """Validation scores, and the table of `encoder` and of `others` on the reported split."""
         reported = self.reported_split
         data = self.config.data
         # Names what `val_linear` measures: encoders compare only under one name.
@@ -64,26 +65,47 @@ class Protocol:
             f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.eval_image_size}px"
         )
         head = {"protocol": protocol, "reported_split": reported}
-        return self.validation(encoder) | head | self.table(encoder, reported)
+        return self.validation(encoder) | head | self.table(encoder, reported, others)
 
-    def table(self, encoder: nn.Module, split: str) -> dict[str, Any]:
-        """Scores and quality of the three encoders' features, and paired intervals of the trained one's gains."""
+    def table(self, encoder: nn.Module, split: str, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+        """Scores and quality of representations on `split`, and paired intervals of the trained one's gains.
+
+        Rows are raw pixels, the encoder at random weights, the trained one, each level of it if it has levels, and the
+        `others` that were trained beside it. Gains are over the first two.
+        """
         random = random_encoder(self.config).to(self.worker.device)
         random = random.double() if self.config.compute.precision == "fp64" else random
-        encoders = {"raw_pixels": RawPixels(), "random_encoder": random, "trained": encoder}
-        features = {name: self._features(module, split) for name, module in encoders.items()}
-        reports = {name: self._report(module, features[name]) for name, module in encoders.items()}
+        single = {"raw_pixels": RawPixels(), "random_encoder": random}
+        baselines = {name: self._measure(module, {name: slice(None)}, split)[name] for name, module in single.items()}
+        rows = baselines | self._measure(*every_level(encoder), split)
+        for name, module in (others or {}).items():
+            rows |= self._measure(module, {name: slice(None)}, split)
         return {
-            "scores": {name: percentages(r) for name, r in reports.items()},
-            "paired": gains(reports),
-            "quality": {name: self._quality(module, features[name][0], split) for name, module in encoders.items()},
+            "scores": {name: percentages(scores) for name, (scores, _) in rows.items()},
+            "paired": gains({name: rows[name][0] for name in (*baselines, "trained")}),
+            "quality": {name: found for name, (_, found) in rows.items()},
         }
 
-    def _report(self, encoder: nn.Module, held_out: tuple[Tensor, Tensor]) -> Scores:
+    def _measure(
+        self, encoder: nn.Module, parts: Mapping[str, slice], split: str
+    ) -> dict[str, tuple[Scores, dict[str, Any]]]:
+        """Scores and quality of some dimensions of a representation, by name, from one pass over the data."""
+        train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
+        views = self._views(encoder, split)
+        found: dict[tuple[int, int], tuple[Scores, dict[str, Any]]] = {}
+        for part in parts.values():
+            if (part.start, part.stop) not in found:
+                measured = self._scores(train, held_out, part), _quality(held_out[0][:, part], views[..., part])
+                found[part.start, part.stop] = measured
+        return {name: found[part.start, part.stop] for name, part in parts.items()}
+
+    def _scores(self, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], part: slice) -> Scores:
         options = self.config.eval
         return evaluate_features(
-            *self._features(encoder, self.config.data.train_split),
-            *held_out,
+            train[0][:, part],
+            train[1],
+            held_out[0][:, part],
+            held_out[1],
             classes=self._classes,
             c=options.probe_c,
             k=options.knn_k,
@@ -93,9 +115,9 @@ class Protocol:
             seed=_DRAW_SEED,
         )
 
-    def _quality(self, encoder: nn.Module, features: Tensor, split: str) -> dict[str, Any]:
-        """Metrics of a split's features, (N, D), with those of two augmented views beside, and verdicts."""
-        views = extract_views(
+    def _views(self, encoder: nn.Module, split: str) -> Tensor:
+        """Features of two augmented views of some of a split's samples, (2, N, D)."""
+        return extract_views(
             encoder,
             DataSplit(self.store, self.index, split),
             data=self.config.data,
@@ -104,10 +126,6 @@ class Protocol:
             samples=_QUALITY_SAMPLES,
             views=2,
         )
-        metrics = quality.report(features[None, :_QUALITY_SAMPLES])
-        metrics |= {"alignment": float(quality.alignment(views)), "lidar": float(quality.lidar(views))}
-        rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
-        return rounded | {"verdicts": quality.verdicts(metrics)}
 
     @property
     def _classes(self) -> int:
@@ -127,3 +145,11 @@ class Protocol:
         labels = torch.from_numpy(split.labels.astype(np.int64))
         chosen = readable & (labels >= 0)
         return features[chosen], labels[chosen]
+
+
+def _quality(features: Tensor, views: Tensor) -> dict[str, Any]:
+    """Metrics of features (N, D), with those of two augmented views (2, N, D) beside, and verdicts."""
+    metrics = quality.report(features[None, :_QUALITY_SAMPLES])
+    metrics |= {"alignment": float(quality.alignment(views)), "lidar": float(quality.lidar(views))}
+    rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
+    return rounded | {"verdicts": quality.verdicts(metrics)}

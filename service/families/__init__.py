@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from service.config import RunConfig
 from service.families.base import Family
-from service.families.ijepa import IJepaFamily
-from service.families.image_vicreg import ImageVicregFamily
-
-FAMILIES = {"image_vicreg": ImageVicregFamily, "ijepa": IJepaFamily}
 
 
 def build_family(config: RunConfig) -> Family:
-    """Build the module of `config.family`: its weights follow torch's seed, its encoders' `init_from` if given."""
-    family = FAMILIES[config.family.kind](config.family, config.data.image_size)  # pyright: ignore[reportArgumentType]
+    """Build `config.family`: `NameFamily` of `families/name.py`; weights follow torch's seed, or `init_from`."""
+    module = import_module(f"{__name__}.{config.family.kind}")
+    family = getattr(module, f"{type(config.family).__name__}Family")(config.family, config.data.image_size)
     family.views = config.family.views
     family.local_views = 0 if config.data.local is None else config.data.local.count
     if config.init_from is not None:

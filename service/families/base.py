@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ class Family(nn.Module):
 
     encoder: nn.Module  # what is evaluated, exported and served: (B, 3, H, W) → (B, dim)
     views: int  # global augmented views that `embed` takes of each image: its config's `views`
+    others: Mapping[str, nn.Module] = {}  # encoders trained beside it, which the final report names
     local_views: int = 0  # local crops that it takes beside them: `data.local.count`
     batch_statistics: bool  # the loss depends on the batch as a whole
 

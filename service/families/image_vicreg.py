@@ -29,7 +29,7 @@ class ImageVicregFamily(Family):
         super().__init__()
         self.loss = config.loss
         self.drops_paths = isinstance(config.encoder, ViT)
-        self.encoder = build_encoder(image_size=image_size, **config.encoder.model_dump())
+        self.encoder = build_encoder(image_size=image_size, **config.encoder_options())
         head = config.projector
         self.projector = projector(self.encoder.dim, head.hidden, head.output, head.layers, head.norm)
 

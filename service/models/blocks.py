@@ -5,8 +5,9 @@ Shape legend: B samples, K tokens, D width, A heads, E = D / A their width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +20,28 @@ Attention = Literal["auto", "fused", "plain"]
 _ROPE_BASE = 100.0  # of the lowest frequency; grids have tens of patches where text has thousands of tokens
 
 
-def run_blocks(
+def run_blocks(blocks: nn.Sequential, x_BKD: Tensor, **options: Any) -> Tensor:
+    """Pass tokens through timm blocks; the options are those of `depth_outputs`."""
+    return depth_outputs(blocks, x_BKD, (len(blocks),), **options)[0]
+
+
+def depth_outputs(
     blocks: nn.Sequential,
     x_BKD: Tensor,
+    depths: Sequence[int],
     *,
     angles: Tensor | None = None,
     attention: Attention = "auto",
     drop_path: float = 0.0,
     keys_B: Tensor | None = None,
     checkpointing: bool = False,
-) -> Tensor:
-    """Pass tokens through timm blocks.
+) -> list[Tensor]:
+    """Pass tokens through timm blocks and give those after the blocks numbered `depths` (from 1), (B, K, D) each.
 
     Args:
         blocks: `timm.models.vision_transformer.Block`s.
         x_BKD: tokens.
+        depths: ascending, repeated where an output is wanted twice.
         angles: of the rotary positions, broadcast to (B, K, E/2); none leaves queries and keys as they are.
         attention: fused (scaled_dot_product_attention), plain (two matrix products), or the faster of the two.
         drop_path: rate of the last block's stochastic depth; the first has none (Huang et al. 2016).
@@ -42,6 +50,7 @@ def run_blocks(
     """
     fused = use_fused(x_BKD, attention)
     turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
+    outputs: list[Tensor] = []
     for number, block in enumerate(blocks):
         rate = drop_path * number / max(1, len(blocks) - 1)
         drop = _survivors(keys_B, number, rate, x_BKD) if block.training and rate > 0 else None
@@ -49,7 +58,8 @@ def run_blocks(
             x_BKD = checkpoint(_block, block, x_BKD, turn, fused, drop, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         else:
             x_BKD = _block(block, x_BKD, turn, fused, drop)
-    return x_BKD
+        outputs += [x_BKD] * list(depths).count(number + 1)
+    return outputs
 
 
 def _block(
@@ -94,8 +104,8 @@ def _has_amx() -> bool:
     return bool(asked and asked())
 
 
-def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Sine-cosine embedding of a grid's patches, (H·W, D): half of D for rows, half for columns (Vaswani et al. 2017).
+def sincos_positions(coordinates_N2: Tensor, dim: int) -> Tensor:
+    """Sine-cosine embedding of rows and columns, (N, D): half of D for each (Vaswani et al. 2017).
 
     Raises:
         ValueError: D is not divisible by 4.
@@ -103,27 +113,26 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     if dim % 4:
         raise ValueError(f"width {dim} must be divisible by 4 for sine-cosine positions")
     frequency = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    parts = [patch_coordinates(grid)[:, axis, None] * frequency for axis in (0, 1)]
+    parts = [coordinates_N2[:, axis, None] * frequency for axis in (0, 1)]
     return torch.cat([f(part) for part in parts for f in (torch.sin, torch.cos)], 1).float()
 
 
-def rope_angles(grid: tuple[int, int], trained: tuple[int, int], head_dim: int) -> Tensor:
-    """Angles of 2-D rotary positions, (H·W, E/2): a quarter of E turns with the row, a quarter with the column.
+def rope_angles(coordinates_N2: Tensor, head_dim: int) -> Tensor:
+    """Angles of 2-D rotary positions, (N, E/2): a quarter of E turns with the row, a quarter with the column.
 
-    Coordinates of another grid than the trained one are scaled to its extent, so any resolution is in range
-    (Su et al. 2021; axial form of Heo et al. 2024, section 3).
+    Su et al. 2021; axial form of Heo et al. 2024, section 3.
     """
     if head_dim % 4:
         raise ValueError(f"head width {head_dim} must be divisible by 4 for 2-D rotary positions")
     frequency = _ROPE_BASE ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    scale = torch.tensor([trained[0] / grid[0], trained[1] / grid[1]], dtype=torch.float64)
-    coordinates = patch_coordinates(grid) * scale
-    return torch.cat([coordinates[:, axis, None] * frequency for axis in (0, 1)], 1).float()
+    return torch.cat([coordinates_N2[:, axis, None] * frequency for axis in (0, 1)], 1).float()
 
 
-def patch_coordinates(grid: tuple[int, int]) -> Tensor:
-    """Row and column of each patch in raster order, (H·W, 2) float64."""
-    return torch.cartesian_prod(*(torch.arange(extent, dtype=torch.float64) for extent in grid))
+def patch_coordinates(grid: tuple[int, int], trained: tuple[int, int] | None = None) -> Tensor:
+    """Row and column of each patch in raster order, (H·W, 2) float64, scaled to the extent of the trained grid."""
+    scale = [1.0, 1.0] if trained is None else [trained[0] / grid[0], trained[1] / grid[1]]
+    rows_columns = torch.cartesian_prod(*(torch.arange(extent, dtype=torch.float64) for extent in grid))
+    return rows_columns * torch.tensor(scale, dtype=torch.float64)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as Timm
 from torch import Tensor, nn
 
-from service.models.blocks import Attention, rope_angles, run_blocks, sincos_positions, take
+from service.models.blocks import (
+    Attention,
+    depth_outputs,
+    patch_coordinates,
+    rope_angles,
+    run_blocks,
+    sincos_positions,
+    take,
+)
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -63,7 +72,8 @@ class VisionTransformer(Timm):
         self.dim, self.trained_grid = self.num_features, (image_size // patch_size,) * 2
         self.options: dict[str, Any] = {"attention": attention, "checkpointing": checkpointing, "drop_path": drop_path}
         if positions == "sincos":
-            self.pos_embed.requires_grad_(False).copy_(sincos_positions(self.trained_grid, self.dim)[None])
+            table = sincos_positions(patch_coordinates(self.trained_grid), self.dim)
+            self.pos_embed.requires_grad_(False).copy_(table[None])
 
     def forward(self, x: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """Encode (B, 3, H, W) to (B, D): the mean over all tokens; for the keys see `tokens`."""
@@ -80,6 +90,12 @@ class VisionTransformer(Timm):
         Returns:
             (B, K, D), or (B, H·W / patch², D).
         """
+        return self.norm(self.at_depths(x, (len(self.blocks),), keep_BK, keys_B)[0])
+
+    def at_depths(
+        self, x: Tensor, depths: Sequence[int], keep_BK: Tensor | None = None, keys_B: Tensor | None = None
+    ) -> list[Tensor]:
+        """As `tokens`, but those after the blocks numbered `depths` (from 1), not normalised."""
         patches = self.patch_embed(x)
         grid = patches.shape[1], patches.shape[2]
         x = patches.flatten(1, 2)
@@ -89,7 +105,7 @@ class VisionTransformer(Timm):
         if keep_BK is not None:
             x = take(x, keep_BK)
             angles = angles if angles is None else take(angles, keep_BK)
-        return self.norm(run_blocks(self.blocks, x, angles=angles, keys_B=keys_B, **self.options))
+        return depth_outputs(self.blocks, x, depths, angles=angles, keys_B=keys_B, **self.options)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.trained_grid:
@@ -100,7 +116,7 @@ class VisionTransformer(Timm):
         if self.pos_embed is not None:
             return None
         head_dim = self.dim // self.blocks[0].attn.num_heads  # pyright: ignore
-        return rope_angles(grid, self.trained_grid, head_dim).to(device)[None]
+        return rope_angles(patch_coordinates(grid, self.trained_grid), head_dim).to(device)[None]
 
 
 class Predictor(nn.Module):
@@ -111,10 +127,11 @@ class Predictor(nn.Module):
         width: of the predictor, P.
         depth: blocks.
         heads: attention heads.
-        grid: patches (H, W).
+        coordinates: rows and columns of the places that can be asked for, (N, 2) for each level of the
+            representation; context tokens lie on the first.
         rope: positions turn queries and keys instead of being added.
-        attention: see `run_blocks`.
-        checkpointing: see `run_blocks`.
+        attention: see `depth_outputs`.
+        checkpointing: see `depth_outputs`.
     """
 
     def __init__(
@@ -123,38 +140,52 @@ class Predictor(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        grid: tuple[int, int],
+        coordinates: Sequence[Tensor],
         *,
         rope: bool = False,
         attention: Attention = "auto",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.embed, self.project = nn.Linear(dim, width), nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        levels = len(coordinates)
+        self.embed, self.project = nn.Linear(dim, width), nn.ModuleList(nn.Linear(width, dim) for _ in range(levels))
+        self.mask_tokens = nn.ParameterList(nn.init.trunc_normal_(torch.empty(width), std=0.02) for _ in range(levels))
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.options: dict[str, Any] = {"attention": attention, "checkpointing": checkpointing}
-        table = rope_angles(grid, grid, width // heads) if rope else sincos_positions(grid, width)
         self.rope = rope
-        self.register_buffer("positions", table[None], persistent=False)
+        for level, places in enumerate(coordinates):
+            table = rope_angles(places, width // heads) if rope else sincos_positions(places, width)
+            self.register_buffer(f"positions{level}", table[None], persistent=False)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, context_BKD: Tensor, context_BK: Tensor, targets_BMT: Tensor) -> Tensor:
-        """Predict the tokens (B, M, T, D) of M targets, each for itself, from encoded context tokens."""
-        count = targets_BMT.shape[1]
+    def forward(self, context_BKD: Tensor, context_BK: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Predict M targets, each for itself, from encoded context tokens.
+
+        Args:
+            context_BKD: encoded tokens.
+            context_BK: their places on the first level.
+            targets: places on each level, (B, M, T) with a T of its own.
+
+        Returns:
+            Tokens of each level, (B, M, T, D).
+        """
+        count = targets[0].shape[1]
         context = self.embed(context_BKD)
-        queries = self.mask_token.to(context.dtype).expand(*targets_BMT.shape, -1)
-        of_context, of_targets = take(self.positions, context_BK), take(self.positions, targets_BMT)
+        tokens = [token.to(context.dtype) for token in self.mask_tokens]
+        queries = torch.cat([token.expand(*t.shape, -1) for token, t in zip(tokens, targets, strict=True)], 2)
+        of_context = take(self.positions0, context_BK)
+        of_targets = torch.cat([take(getattr(self, f"positions{i}"), part) for i, part in enumerate(targets)], 2)
         if not self.rope:
             context, queries = context + of_context, queries + of_targets
         x = _beside(context, queries, count)
         angles = _beside(of_context, of_targets, count) if self.rope else None
-        x = self.norm(run_blocks(self.blocks, x, angles=angles, **self.options))
-        return self.project(x[:, context_BK.shape[1] :]).unflatten(0, (-1, count))
+        x = self.norm(run_blocks(self.blocks, x, angles=angles, **self.options))[:, context_BK.shape[1] :]
+        parts = x.unflatten(0, (-1, count)).split([part.shape[2] for part in targets], 2)
+        return [project(part) for project, part in zip(self.project, parts, strict=True)]
 
 
 def _beside(context_BKP: Tensor, targets_BMTP: Tensor, count: int) -> Tensor:

@@ -109,14 +109,19 @@ def test_ranks_and_micro_batches_are_interchangeable(world, parts):
                 assert (found[name] - gradient).norm() / scale < 1e-9, name
 
 
-@pytest.mark.parametrize("kind", ["image_vicreg", "ijepa"])
+@pytest.mark.parametrize("changes", [[], ["family.fpn=concat", "family.views=2"]], ids=["", "fpn"])
+def test_hjepa(changes):
+    check(2, "hjepa", ["family.encoder.drop_path=0.2", *changes], torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["image_vicreg", "ijepa", "hjepa"])
 def test_fp32(kind):
     check(2, kind, [], torch.float32, 1e-3)
 
 
-def steps_on_this_rank(changes, steps):
+def steps_on_this_rank(kind, changes, steps):
     """Target encoder's weights after optimiser steps under DDP."""
-    config = family_config("ijepa", *changes)
+    config = family_config(kind, *changes)
     family = make_family(config)
     module = DistributedDataParallel(family)
     optimizer = torch.optim.SGD([p for p in family.parameters() if p.requires_grad], 0.1)
@@ -128,12 +133,13 @@ def steps_on_this_rank(changes, steps):
     return family.target_encoder.state_dict()
 
 
-def test_the_target_encoder_moves_under_ddp_alike_on_all_ranks():
-    changes = ["family.momentum.start=0.5", "family.momentum.end=0.9"]
-    start = make_family(family_config("ijepa", *changes)).target_encoder.state_dict()
-    first, second = on_ranks(2, steps_on_this_rank, changes, 2)
+@pytest.mark.parametrize("kind, changes, moving", [("ijepa", [], 40), ("hjepa", ["family.fpn=add"], 44)])
+def test_the_target_encoder_moves_under_ddp_alike_on_all_ranks(kind, changes, moving):
+    changes = [*changes, "family.momentum.start=0.5", "family.momentum.end=0.9"]
+    start = make_family(family_config(kind, *changes)).target_encoder.state_dict()
+    first, second = on_ranks(2, steps_on_this_rank, kind, changes, 2)
     moved = [name for name in start if not torch.equal(start[name], first[name])]
-    assert len(moved) == 40 and "blocks.0.attn.qkv.weight" in moved
+    assert len(moved) == moving and "blocks.0.attn.qkv.weight" in moved
     assert all(torch.equal(first[name], second[name]) for name in start)
 
 

@@ -6,16 +6,11 @@ Give the reason in the commit too: a changed loss means that every published num
 import json
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from jobs.shard import shard
-from service.data.store import Store
-from service.engine.loop import Run, train
 from tests.configs import tiny
-from tests.families import family_config
+from tests.families import family_config, first_losses
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 20
@@ -34,33 +29,18 @@ SETTINGS = {
         "data__batch_size": 32,
     },
 }
-IJEPA = ["data.image_size=16", "family.encoder.patch_size=2", "data.batch_size=16", "family.encoder.drop_path=0.1"]
-NAMES = [*SETTINGS, "ijepa"]
-
-
-class Enough(Exception):  # noqa: N818
-    """The losses are known: what follows would only evaluate the encoder."""
+VIT = ["data.image_size=16", "family.encoder.patch_size=2", "data.batch_size=16", "family.encoder.drop_path=0.1"]
+FAMILIES = {"ijepa": VIT, "hjepa": [*VIT, "optim.lr=1e-3", "family.fpn=add"]}
+NAMES = [*SETTINGS, *FAMILIES]
 
 
 def losses(name, digits):
     """Every step's loss of a named setting on the embedded digits, one thread."""
-    threads = torch.get_num_threads()
     exact = ["compute.precision=fp64", "compute.threads=1", f"schedule.steps={STEPS}"]
-    if name == "ijepa":
-        config = family_config("ijepa", f"data.uri={digits}", *IJEPA, *exact)
-    else:
-        config = tiny(digits, **SETTINGS[name], **dict(item.replace(".", "__").split("=") for item in exact))
-    found = []
-
-    def take(step, row):
-        found.append(row["loss"])
-        if step == STEPS:
-            raise Enough
-
-    with tempfile.TemporaryDirectory() as folder, suppress(Enough):
-        train(config, Run(Store(folder)), rows=take)
-    torch.set_num_threads(threads)
-    return found
+    if name in FAMILIES:
+        return first_losses(family_config(name, f"data.uri={digits}", *FAMILIES[name], *exact), STEPS)
+    options = dict(item.replace(".", "__").split("=") for item in exact)
+    return first_losses(tiny(digits, **SETTINGS[name], **options), STEPS)
 
 
 def main():

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from service.config import Momentum
 from service.families.ijepa import momentum
-from service.losses import prediction_loss
-from service.models.blocks import rope_angles, run_blocks, sincos_positions, take, use_fused
+from service.losses import prediction_losses
+from service.models.blocks import patch_coordinates, rope_angles, run_blocks, sincos_positions, take, use_fused
 from service.models.vit import Predictor, VisionTransformer
 from tests.families import family_config, make_family, random_batch
 
@@ -72,7 +72,7 @@ def test_any_resolution(positions):
 
 
 def test_rotary_attention_depends_on_differences_of_positions():
-    angles = rope_angles((8, 8), (8, 8), 32).double()
+    angles = rope_angles(patch_coordinates((8, 8)), 32).double()
     q, k = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, :32]
 
     def turned(x, patch):
@@ -88,7 +88,7 @@ def test_rotary_attention_depends_on_differences_of_positions():
 
 
 def test_sincos_positions_are_the_formula():
-    table = sincos_positions((3, 5), 16).double().numpy()
+    table = sincos_positions(patch_coordinates((3, 5)), 16).double().numpy()
     for row in range(3):
         for column in range(5):
             expected = [f(p / 10**i) for p in (row, column) for f in (math.sin, math.cos) for i in range(4)]
@@ -147,15 +147,15 @@ def test_drop_path_keeps_the_mean():
 
 def test_predictions_know_their_place_and_not_each_other():
     torch.manual_seed(0)
-    predictor = Predictor(192, 24, 2, 2, (4, 4)).double().eval()
+    predictor = Predictor(192, 24, 2, 2, [patch_coordinates((4, 4))]).double().eval()
     encoded, context = torch.randn(3, 5, 192, dtype=torch.float64), torch.stack([torch.arange(5)] * 3)
     targets = torch.tensor([[[6, 7], [8, 9]]] * 3)
-    both = predictor(encoded, context, targets)
+    (both,) = predictor(encoded, context, [targets])
     assert both.shape == (3, 2, 2, 192)
-    alone = predictor(encoded, context, targets[:, 1:])
+    (alone,) = predictor(encoded, context, [targets[:, 1:]])
     torch.testing.assert_close(both[:, 1:], alone)
-    assert not torch.allclose(both[:, 0], predictor(encoded, context, targets + 6)[:, 0])
-    assert not torch.allclose(both, predictor(encoded, context + 5, targets))
+    assert not torch.allclose(both[:, 0], predictor(encoded, context, [targets + 6])[0][:, 0])
+    assert not torch.allclose(both, predictor(encoded, context + 5, [targets])[0])
 
 
 def test_target_equals_context_at_first_and_follows():
@@ -185,9 +185,8 @@ def test_the_loss_is_the_distance_to_normalised_target_tokens():
     total = family(batch).total
     with torch.no_grad():
         seen = family.target_encoder.tokens(batch.views[0]).numpy()
-        predicted = family.predictor(
-            family.context_encoder.tokens(batch.views[0], batch.context), batch.context, batch.targets
-        ).numpy()
+        encoded = family.context_encoder.tokens(batch.views[0], batch.context)
+        predicted = family.predictor(encoded, batch.context, [batch.targets])[0].numpy()
     wanted = (seen - seen.mean(-1, keepdims=True)) / np.sqrt(seen.var(-1, keepdims=True) + 1e-5)
     losses = []
     for b in range(6):
@@ -210,8 +209,10 @@ def test_gradients_flow_into_context_encoder_and_predictor_only():
 
 @pytest.mark.parametrize(
     "change",
-    ["loss=mse", "loss=cosine", "normalise_targets=false", "masking.kind=guide", "masking.kind=random",
-     "masking.kind=block", "masking.targets.count=2", "encoder.positions=rope"],
+    ["loss=mse", "loss=cosine", "normalise_targets=none", "masking.kind=guide", "masking.kind=random",
+     "masking.kind=block", "masking.targets.count=2", "encoder.positions=rope",
+     "target=pooled", "views=2", "normalise_targets=l2",
+     "regulariser={kind: nt_xent}", "curriculum.count=1"],
 )  # fmt: skip
 def test_every_option_of_the_family_acts(change):
     totals = []
@@ -238,8 +239,9 @@ def test_prediction_losses_against_numpy(kind):
         "mse": (gap**2).mean(),
         "cosine": 1 - cosine.mean().item(),
     }
-    assert prediction_loss(a, b, kind).item() == pytest.approx(expected[kind], rel=1e-12)
-    assert torch.autograd.gradcheck(lambda x: prediction_loss(x, b, kind), a.requires_grad_())
+    assert prediction_losses(a, b, kind).mean().item() == pytest.approx(expected[kind], rel=1e-12)
+    assert prediction_losses(a[1:2], b[1:2], kind).item() == prediction_losses(a, b, kind)[1].item()
+    assert torch.autograd.gradcheck(lambda x: prediction_losses(x, b, kind), a.requires_grad_())
 
 
 def test_take_gathers_tokens():

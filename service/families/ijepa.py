@@ -125,7 +125,8 @@ class IJepaFamily(Family):
     def train(self, mode: bool = True) -> IJepaFamily:
         """Switch all but the target encoder, which never drops paths."""
         super().train(mode)
-        self.target_encoder.eval()
+        if self.target_encoder is not None:
+            self.target_encoder.eval()
         return self
 
     def after_step(self, progress: float) -> None:

@@ -118,7 +118,11 @@ def test_local_crops_must_fit_and_be_of_use():
         ("rapid", [local, "data.local.size=40"], "local.size=40 must not exceed image_size=32"),
         ("rapid", [local, "data.local.crop_scale=[0.3,0.1]"], "low ≤ high"),
         ("rapid", [local, "family.encoder={kind: vit, patch_size: 32}"], "does not divide data.local.size=16"),
-        ("ijepa-cpu", [local], "family ijepa local crops, which it has no use for: leave data.local out"),
+        (
+            "ijepa-cpu",
+            [local],
+            "data.local gives small crops to the regulariser, and family.regulariser is none: set it",
+        ),
     ):
         with pytest.raises(UserError, match="1 error.*\n.*" + message):
             recipes.load(recipe, overrides)
@@ -163,6 +167,22 @@ def test_unknown_recipes_and_broken_files(tmp_path):
     broken.write_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML"):
         recipes.load(str(broken))
+
+
+def test_a_recipe_changes_its_base(tmp_path):
+    whole, changed = recipes.load("hjepa-cpu"), recipes.load("hjepa-sigreg")
+    assert (changed.name, changed.family.regulariser.kind) == ("hjepa-sigreg", "sigreg")
+    differing = {k for k, v in changed.plain().items() if whole.plain()[k] != v}
+    assert differing == {"name", "family"}
+    own = {"family": changed.family.model_copy(update={"regulariser": whole.family.regulariser}), "name": "hjepa-cpu"}
+    assert changed.model_copy(update=own) == whole
+    circle = tmp_path / "circle.yaml"
+    circle.write_text(f"base: {circle}")
+    with pytest.raises(UserError, match="is its own base"):
+        recipes.load(str(circle))
+    circle.write_text("base: hjepa-cp")
+    with pytest.raises(UserError, match="unknown recipe 'hjepa-cp': did you mean 'hjepa-cpu'"):
+        recipes.load(str(circle))
 
 
 def test_a_resolved_config_is_a_recipe_file(tmp_path):

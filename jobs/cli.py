@@ -371,7 +371,7 @@ def recipes(as_json: bool) -> None:
     if as_json:
         emit(rows)
     for name, text in {} if as_json else rows.items():
-        click.echo(f"{name:<14} {text}")
+        click.echo(f"{name:<{max(map(len, rows))}} {text}")
 
 
 @cli.command(

@@ -68,52 +68,38 @@ class Protocol:
         return self.validation(encoder) | head | self.table(encoder, reported, others)
 
     def table(self, encoder: nn.Module, split: str, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
-        """Scores and quality of features of `split`, and paired intervals of the trained encoder over the baselines.
+        """Scores and quality of representations on `split`, and paired intervals of the trained one's gains.
 
         Rows are raw pixels, the encoder at random weights, the trained one, each level of it if it has levels, and the
-        `others` that were trained beside it.
+        `others` that were trained beside it. Gains are over the first two.
         """
         random = random_encoder(self.config).to(self.worker.device)
         random = random.double() if self.config.compute.precision == "fp64" else random
-        baselines = {"raw_pixels": RawPixels(), "random_encoder": random}
-        rows = {name: self._rows(module, {name: slice(None)}, split)[name] for name, module in baselines.items()}
-        levels = self._rows(*every_level(encoder), split)
-        rows["trained"] = levels.pop("trained")
-        found = gains({name: scores for name, (scores, _) in rows.items()})
-        rows |= levels
+        single = {"raw_pixels": RawPixels(), "random_encoder": random}
+        baselines = {name: self._measure(module, {name: slice(None)}, split)[name] for name, module in single.items()}
+        rows = baselines | self._measure(*every_level(encoder), split)
         for name, module in (others or {}).items():
-            rows |= self._rows(module, {name: slice(None)}, split)
+            rows |= self._measure(module, {name: slice(None)}, split)
         return {
             "scores": {name: percentages(scores) for name, (scores, _) in rows.items()},
-            "paired": found,
-            "quality": {name: metrics for name, (_, metrics) in rows.items()},
+            "paired": gains({name: rows[name][0] for name in (*baselines, "trained")}),
+            "quality": {name: found for name, (_, found) in rows.items()},
         }
 
-    def _rows(
+    def _measure(
         self, encoder: nn.Module, parts: Mapping[str, slice], split: str
     ) -> dict[str, tuple[Scores, dict[str, Any]]]:
-        """Scores and quality of some of an encoder's dimensions, by name; equal parts are evaluated once."""
+        """Scores and quality of some dimensions of a representation, by name, from one pass over the data."""
         train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
-        views = extract_views(
-            encoder,
-            DataSplit(self.store, self.index, split),
-            data=self.config.data,
-            compute=self.config.compute,
-            worker=self.worker,
-            samples=_QUALITY_SAMPLES,
-            views=2,
-        )
-        found = {
-            (part.start, part.stop): (
-                self._scores(train, held_out, part),
-                _quality(held_out[0][:, part], views[..., part]),
-            )
-            for part in parts.values()
-        }
+        views = self._views(encoder, split)
+        found: dict[tuple[int, int], tuple[Scores, dict[str, Any]]] = {}
+        for part in parts.values():
+            if (part.start, part.stop) not in found:
+                measured = self._scores(train, held_out, part), _quality(held_out[0][:, part], views[..., part])
+                found[part.start, part.stop] = measured
         return {name: found[part.start, part.stop] for name, part in parts.items()}
 
     def _scores(self, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], part: slice) -> Scores:
-        """Scores of some dimensions of the features."""
         options = self.config.eval
         return evaluate_features(
             train[0][:, part],
@@ -127,6 +113,18 @@ class Protocol:
             labels_per_class=options.labels_per_class,
             draws=options.label_draws,
             seed=_DRAW_SEED,
+        )
+
+    def _views(self, encoder: nn.Module, split: str) -> Tensor:
+        """Features of two augmented views of some of a split's samples, (2, N, D)."""
+        return extract_views(
+            encoder,
+            DataSplit(self.store, self.index, split),
+            data=self.config.data,
+            compute=self.config.compute,
+            worker=self.worker,
+            samples=_QUALITY_SAMPLES,
+            views=2,
         )
 
     @property
@@ -150,7 +148,7 @@ class Protocol:
 
 
 def _quality(features: Tensor, views: Tensor) -> dict[str, Any]:
-    """Metrics of the first of a split's features, (N, D), with those of augmented views, (V, n, D), and verdicts."""
+    """Metrics of features (N, D), with those of two augmented views (2, N, D) beside, and verdicts."""
     metrics = quality.report(features[None, :_QUALITY_SAMPLES])
     metrics |= {"alignment": float(quality.alignment(views)), "lidar": float(quality.lidar(views))}
     rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}

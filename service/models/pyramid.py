@@ -72,9 +72,9 @@ class PyramidTransformer(VisionTransformer):
         self.levels, self.whole_image = levels, whole_image
         self.depths = depths or tuple(max(1, round(blocks * (level + 1) / levels)) for level in range(levels))
         self.fpn = None if fpn is None else Pyramid(width, levels, fpn)
-        self.parts = {f"level{level + 1}": slice(level * width, (level + 1) * width) for level in range(levels)}
-        chosen = slice(0, levels * width) if eval_level == "all" else self.parts[f"level{eval_level or levels}"]
-        self.parts["trained"], self.dim = chosen, chosen.stop - chosen.start
+        parts = {f"level{level + 1}": slice(level * width, (level + 1) * width) for level in range(levels)}
+        chosen = slice(0, levels * width) if eval_level == "all" else parts[f"level{eval_level or levels}"]
+        self.parts, self.dim = {"trained": chosen} | parts, chosen.stop - chosen.start
         unit = 2 ** (levels - 1 - whole_image)
         order = torch.from_numpy(nested_order(self.trained_grid, unit))
         self.register_buffer("order", order[None], persistent=False)  # raster number of each place

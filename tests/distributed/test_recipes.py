@@ -10,7 +10,7 @@ from tests.families import first_losses
 pytestmark = pytest.mark.distributed
 STEPS = 20
 BATCH = 4
-SMALL = [f"data.batch_size={BATCH}", f"data.partitions={BATCH}", "data.mode=auto", "parallel.workers=1",
+SMALL = [f"data.batch_size={BATCH}", f"data.partitions={BATCH // 2}", "data.mode=auto", "parallel.workers=1",
          f"schedule.steps={STEPS}", "compute.device=cpu", "compute.precision=fp32", "compute.compile=false",
          "compute.threads=1", "tracking.log_every=1 steps", "eval.every=null"]  # fmt: skip
 PATCH = 2

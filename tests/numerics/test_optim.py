@@ -124,6 +124,7 @@ def test_lamb_leaves_vectors_to_adam_and_survives_zeros():
 FAMILIES = [
     ("ijepa", ["family.encoder.positions=learned", "family.encoder.layer_scale=1e-5"]),
     ("ijepa", []),
+    ("hjepa", ["family.fpn=concat"]),
     ("image_vicreg", []),
     ("image_vicreg", ["family.encoder.kind=vit"]),
 ]
@@ -139,7 +140,7 @@ def groups_of(kind, changes, **options):
 
 @pytest.mark.parametrize("kind, changes", FAMILIES)
 def test_each_trained_parameter_is_in_one_group_with_its_rate_and_decay(kind, changes):
-    component = {"ijepa": "predictor", "image_vicreg": "projector"}[kind]
+    component = {"image_vicreg": "projector"}.get(kind, "predictor")
     family, groups, placed = groups_of(kind, changes, weight_decay_of={component: 0.01}, layer_decay=0.5)
     trained = {name for name, p in family.named_parameters() if p.requires_grad}
     assert Counter(name for _, name in placed) == Counter(trained)

@@ -10,6 +10,7 @@ Shape legend: B samples of this rank, G of all ranks, D dimensions, S slices, K 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ _CHUNK = 1 << 15  # projections that are worked on at once: they stay in a core'
 
 @dataclass(frozen=True)
 class Knots:
-    """A regular grid of t > 0 or t ≥ 0 with the weights of its quadrature over all t."""
+    """A regular grid of t with the weights of its quadrature over all t; the first knot is 0 or half a step."""
 
     first: float
     step: float
@@ -75,10 +76,12 @@ def epps_pulley(x_BS: Tensor, knots: Knots) -> Tensor:
 
 def directions(seed: Tensor | int, dim: int, slices: int, like: Tensor) -> Tensor:
     """Random unit vectors, (D, S), uniform on the sphere: a function of the seed, equal on every device and rank."""
-    numbers = torch.arange(2 * dim * slices, device=like.device)
-    bits = hash_torch(0, hash_torch(key(1), numbers) ^ seed)
-    u = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).view(2, dim, slices)
-    normal = torch.sqrt(-2 * torch.log(u[0])) * torch.cos(2 * math.pi * u[1])  # Box and Muller 1958
+    pairs = -(-dim * slices // 2)
+    bits = hash_torch(0, hash_torch(key(1), torch.arange(2 * pairs, device=like.device)) ^ seed)
+    u = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).view(2, pairs)
+    radius, angle = torch.sqrt(-2 * torch.log(u[0])), 2 * math.pi * u[1]  # Box and Muller 1958
+    normal = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)]).flatten()[: dim * slices]
+    normal = normal.view(dim, slices)
     return (normal / normal.norm(dim=0)).to(like.dtype)
 
 
@@ -91,8 +94,8 @@ class _WaveSums(Function):
         ctx.knots = knots
         sums = x.new_empty(2, len(knots.weights), x.shape[1])
         for columns in _columns(x):
-            for k, (cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), knots)):
-                sums[0, k, columns], sums[1, k, columns] = cos.sum(1), sin.sum(1)
+            for k, (sign, cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), knots)):
+                sums[0, k, columns], sums[1, k, columns] = sign * cos.sum(1), sign * sin.sum(1)
         return sums
 
     @staticmethod
@@ -104,22 +107,33 @@ class _WaveSums(Function):
         gradient = torch.empty_like(x)
         for columns in _columns(x):
             part = torch.zeros_like(x[:, columns].T)
-            for k, (cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), ctx.knots)):
-                part.addcmul_(sin, of_cos[k, columns, None]).addcmul_(cos, of_sin[k, columns, None])
+            for k, (sign, cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), ctx.knots)):
+                part.addcmul_(sin, of_cos[k, columns, None], value=sign)
+                part.addcmul_(cos, of_sin[k, columns, None], value=sign)
             gradient[:, columns] = part.T
         return gradient, None
 
 
 def _columns(x: Tensor) -> list[slice]:
-    width = max(1, _CHUNK // len(x))
+    width = max(1, _CHUNK // len(x)) if x.device.type == "cpu" else x.shape[1]
     return [slice(start, start + width) for start in range(0, x.shape[1], width)]
 
 
-def _waves(x: Tensor, knots: Knots):
-    """Yield cos(t·x) and sin(t·x) for each knot; each pair is overwritten two knots later."""
-    turn = 2 * torch.cos(knots.step * x)
-    pairs = [[f((knots.first + sign * knots.step) * x) for f in (torch.cos, torch.sin)] for sign in (-1, 0)]
+def _waves(x: Tensor, knots: Knots) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield ±1, ±cos(t·x) and ±sin(t·x) for each knot; each pair is overwritten two knots later.
+
+    With signs +, +, −, −, … the recurrence is an addition in place: u_{k+1} = u_{k−1} ± 2·cos(h·x)·u_k.
+    """
+    base = knots.first or knots.step  # the knot before the first is −base
+    cos, sin = torch.cos(base * x), torch.sin(base * x)
+    if knots.first:
+        turn, newer = cos.square().mul_(4).sub_(2), (cos.clone(), sin)
+    else:
+        turn, newer = 2 * cos, (torch.ones_like(x), torch.zeros_like(x))
+    older, before, sign = (cos, -sin), 1, 1
     for _ in knots.weights:
-        yield pairs[1]
-        pairs[0] = [torch.addcmul(old, turn, new, value=-1).neg_() for old, new in zip(*pairs, strict=True)]
-        pairs.reverse()
+        yield sign, *newer
+        before, sign, last = sign, -before, sign
+        for old, new in zip(older, newer, strict=True):
+            old.addcmul_(turn, new, value=sign * last)
+        older, newer = newer, older

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from service.collectives import all_reduce_sum, world_size
 from service.data.draws import hash_torch, key
 
 Variant = Literal["bcs", "lejepa"]
-_CHUNK = 1 << 15  # projections that are worked on at once: they stay in a core's cache
+_CHUNK = 1 << 15  # projections that a thread works on at once: they stay in its core's cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Knots:
     def values(self) -> list[float]:
         """The knots, K."""
         return [self.first + self.step * k for k in range(len(self.weights))]
+
+    @property
+    def signs(self) -> list[int]:
+        """+, −, −, +, +, …: those that each knot's waves are computed with, K."""
+        return [1 if (k + 1) % 4 < 2 else -1 for k in range(len(self.weights))]
 
 
 # eb_jepa: 10 knots from −3 to 3. LeJEPA (Balestriero and LeCun 2025): 17 from 0 to 3, mirrored. Both trapezoid.
@@ -94,35 +100,37 @@ class _WaveSums(Function):
         ctx.knots = knots
         sums = x.new_empty(2, len(knots.weights), x.shape[1])
         for columns in _columns(x):
-            for k, (sign, cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), knots)):
-                sums[0, k, columns], sums[1, k, columns] = sign * cos.sum(1), sign * sin.sum(1)
-        return sums
+            for k, waves in enumerate(_waves(x[:, columns].T.contiguous(), knots)):
+                for part, wave in zip(sums, waves, strict=True):
+                    torch.sum(wave, 1, out=part[k, columns])
+        return sums.mul_(torch.tensor(knots.signs, dtype=x.dtype, device=x.device)[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        t = torch.tensor(ctx.knots.values, dtype=x.dtype, device=x.device)[:, None]
-        of_cos, of_sin = -t * grads[0][0], t * grads[0][1]  # factors of sin and cos in the derivative
+        t, signs = torch.tensor([ctx.knots.values, ctx.knots.signs], dtype=x.dtype, device=x.device)
+        slopes = (t * signs)[:, None] * grads[0]
+        of_cos, of_sin = slopes[1, :, :, None], -slopes[0, :, :, None]  # what each wave contributes to the derivative
         gradient = torch.empty_like(x)
         for columns in _columns(x):
-            part = torch.zeros_like(x[:, columns].T)
-            for k, (sign, cos, sin) in enumerate(_waves(x[:, columns].T.contiguous(), ctx.knots)):
-                part.addcmul_(sin, of_cos[k, columns, None], value=sign)
-                part.addcmul_(cos, of_sin[k, columns, None], value=sign)
+            lying = x[:, columns].T.contiguous()
+            part = torch.zeros_like(lying)
+            for k, (cos, sin) in enumerate(_waves(lying, ctx.knots)):
+                part.addcmul_(cos, of_cos[k, columns]).addcmul_(sin, of_sin[k, columns])
             gradient[:, columns] = part.T
         return gradient, None
 
 
 def _columns(x: Tensor) -> list[slice]:
-    width = max(1, _CHUNK // len(x)) if x.device.type == "cpu" else x.shape[1]
+    width = max(1, _CHUNK * torch.get_num_threads() // len(x)) if x.device.type == "cpu" else x.shape[1]
     return [slice(start, start + width) for start in range(0, x.shape[1], width)]
 
 
-def _waves(x: Tensor, knots: Knots) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield ±1, ±cos(t·x) and ±sin(t·x) for each knot; each pair is overwritten two knots later.
+def _waves(x: Tensor, knots: Knots) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield cos(t·x) and sin(t·x) for each knot, both times its sign; each pair is overwritten two knots later.
 
-    With signs +, +, −, −, … the recurrence is an addition in place: u_{k+1} = u_{k−1} ± 2·cos(h·x)·u_k.
+    With those signs the recurrence is an addition in place: u_{k+1} = u_{k−1} ± 2·cos(h·x)·u_k.
     """
     base = knots.first or knots.step  # the knot before the first is −base
     cos, sin = torch.cos(base * x), torch.sin(base * x)
@@ -130,10 +138,10 @@ def _waves(x: Tensor, knots: Knots) -> Iterator[tuple[int, Tensor, Tensor]]:
         turn, newer = cos.square().mul_(4).sub_(2), (cos.clone(), sin)
     else:
         turn, newer = 2 * cos, (torch.ones_like(x), torch.zeros_like(x))
-    older, before, sign = (cos, -sin), 1, 1
-    for _ in knots.weights:
-        yield sign, *newer
-        before, sign, last = sign, -before, sign
-        for old, new in zip(older, newer, strict=True):
-            old.addcmul_(turn, new, value=sign * last)
+    older = cos, -sin
+    for sign, following in pairwise([*knots.signs, 0]):
+        yield newer
+        if following:
+            for old, new in zip(older, newer, strict=True):
+                old.addcmul_(turn, new, value=sign * following)
         older, newer = newer, older

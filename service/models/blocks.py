@@ -6,7 +6,6 @@ Shape legend: B samples, K tokens, D width, A heads, E = D / A their width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -91,17 +90,11 @@ def _survivors(keys_B: Tensor | None, number: int, rate: float, x: Tensor) -> tu
 
 
 def use_fused(x: Tensor, attention: Attention) -> bool:
-    """Decide `auto`: fused attention, but for bf16 on CPUs whose AMX units make two plain products faster."""
+    """Decide `auto`: fused attention, but for bf16 on CPUs, where two plain products are faster (measured)."""
     if attention != "auto":
         return attention == "fused"
     bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
-    return not (x.device.type == "cpu" and bf16 and _has_amx())
-
-
-@cache
-def _has_amx() -> bool:
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)  # unknown to torch 2.11's public names as well
-    return bool(asked and asked())
+    return not (x.device.type == "cpu" and bf16)
 
 
 def sincos_positions(coordinates_N2: Tensor, dim: int) -> Tensor:

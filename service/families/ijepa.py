@@ -134,6 +134,10 @@ class IJepaFamily(Family):
         if self.config.momentum is not None:
             follow(self.target_encoder, self.context_encoder, momentum(self.config.momentum, progress))
 
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """The target encoder's momentum, if there is one."""
+        return {} if self.config.momentum is None else {"momentum": momentum(self.config.momentum, progress)}
+
     def _targets(self, images: Tensor, keys: Tensor) -> list[Tensor]:
         """All tokens of each level that targets are taken of, (V·B, N_l, D) in at least fp32."""
         if self.target_encoder is None:
@@ -191,10 +195,6 @@ def normalised(tokens: Tensor, how: str) -> Tensor:
     if how == "layer":
         return F.layer_norm(tokens, tokens.shape[-1:])
     return F.normalize(tokens, dim=-1) if how == "l2" else tokens
-
-    def scheduled(self, progress: float) -> dict[str, float]:
-        """The target encoder's momentum, if there is one."""
-        return {} if self.config.momentum is None else {"momentum": momentum(self.config.momentum, progress)}
 
 
 def momentum(config: Momentum, progress: float) -> float:

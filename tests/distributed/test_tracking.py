@@ -22,7 +22,11 @@ from tests.mlflow_server import MlflowServer, mlflow_server
 pytestmark = pytest.mark.distributed
 
 CONFIG = RunConfig.model_validate(
-    {"name": "demo", "data": {"uri": "data/digits"}, "family": {"kind": "image_vicreg", "loss": {"cov_norm": "paper"}}}
+    {
+        "name": "demo",
+        "data": {"uri": "data/digits"},
+        "family": {"kind": "image_vicreg", "loss": {"kind": "vicreg", "cov_norm": "paper"}},
+    }
 )
 SCORES = {"fingerprint": "f1", "protocol": "p1", "val_linear": 90.0, "val_linear_se": 0.5}
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.config import Jepa, Momentum, ViewLoss
+from service.config import IJepa, Jepa, Momentum, ViewLoss
 from service.families.base import Batch, Embedded, Family, Losses
 from service.families.image_vicreg import LOSSES as VIEW_LOSSES
 from service.losses import prediction_losses
@@ -35,6 +35,7 @@ class IJepaFamily(Family):
 
         self.config = config
         self.batch_statistics = config.regulariser is not None
+        self.pooled_targets = isinstance(config, IJepa) and config.target == "pooled"
         self.stages = config.maskings(image_size)
         self.context_encoder: Any = build_encoder(image_size=image_size, **config.encoder_options())
         self.target_encoder: Any = None
@@ -148,7 +149,7 @@ class IJepaFamily(Family):
     def _distance(self, predicted: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         """Distance of (V·B, M, T, D) to the tokens at the targets' places, or of the mean to theirs, (V·B,)."""
         wanted = take(normalised(tokens, self.config.normalise_targets), targets).to(predicted.dtype)
-        if getattr(self.config, "target", "patch") == "pooled":
+        if self.pooled_targets:
             predicted, wanted = predicted.mean(2), wanted.mean(2)
         return prediction_losses(predicted, wanted, self.config.loss)
 

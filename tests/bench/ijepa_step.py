@@ -18,7 +18,7 @@ from jobs import recipes
 from service.engine.loop import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
-from service.models.blocks import sincos_positions
+from service.models.blocks import patch_coordinates, sincos_positions
 from tests.bench import masks
 from tests.bench._report import alternate, close, ratio
 
@@ -71,7 +71,9 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = nn.Conv2d(3, DIM, PATCH, PATCH)
-        self.positions = nn.Parameter(sincos_positions((SIDE // PATCH,) * 2, DIM)[None], requires_grad=False)
+        self.positions = nn.Parameter(
+            sincos_positions(patch_coordinates((SIDE // PATCH,) * 2), DIM)[None], requires_grad=False
+        )
         self.blocks, self.norm = nn.ModuleList(Block(DIM, HEADS) for _ in range(DEPTH)), nn.LayerNorm(DIM, eps=1e-6)
 
     def forward(self, images, context=None):
@@ -92,7 +94,9 @@ class Predictor(nn.Module):
             nn.LayerNorm(width, eps=1e-6),
         )
         self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(sincos_positions((SIDE // PATCH,) * 2, width)[None], requires_grad=False)
+        self.positions = nn.Parameter(
+            sincos_positions(patch_coordinates((SIDE // PATCH,) * 2), width)[None], requires_grad=False
+        )
         self.blocks = nn.ModuleList(Block(width, PREDICTOR["heads"]) for _ in range(PREDICTOR["depth"]))
 
     def forward(self, x, context, targets):

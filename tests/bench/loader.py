@@ -1,8 +1,8 @@
 """224-pixel training batches from local tars: images per CPU-second of the reader's processes, wall time beside.
 
 Everyone cuts one random crop (scale 0.2–1) of each photo, flips half of them and delivers normalised floats, from the
-same JPEG bytes with the same number of workers; ours resizes with antialiasing. `decode alone` is the full decoding of
-the same bytes and nothing else.
+same JPEG bytes with the same number of workers, and the second epoch is measured; ours resizes with antialiasing.
+`decode alone` is the full decoding of the same bytes and nothing else.
 """
 
 import argparse
@@ -19,7 +19,7 @@ OURS, FIRST = "tessera", "webdataset + PIL + torchvision"
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=2400)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     tars = shards(SOURCE, options.samples, 16)

@@ -24,7 +24,7 @@ LOCAL, REMOTE, FAULTY = "local folder", "S3, cold cache", "S3, cold cache, 2 % f
 def cold(address, env):
     """Read with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
-        found = run("tessera", address, "--exactly-once", env=env | {"TESSERA_CACHE": cache})
+        found = run("tessera", address, "--exactly-once", "--cold", env=env | {"TESSERA_CACHE": cache})
     if found is None or found["lost"] or found["repeated"]:
         raise SystemExit(f"{address}: not every sample came exactly once: {found}")
     return found

@@ -1,4 +1,4 @@
-"""Time of one pass over a loader's batches: CPU-seconds of this process and of all below it, and wall time.
+"""Time of a pass over a loader's batches: CPU-seconds of this process and of all below it, and wall time.
 
 Contestants run in environments of their own and import nothing of the project but this file, which lies beside them.
 """
@@ -24,10 +24,16 @@ def cpu_seconds():
     return spent
 
 
-def read(batches, size):
-    """Take every batch of images, (B, 3, S, S), and print what it cost; returns the number of images."""
+def read(epoch, size, warm=True):
+    """Take every batch of images, (B, 3, S, S), of `epoch()` and print what it cost.
+
+    A warm reader has been through one epoch before the measured one, as in all epochs of a training but the first.
+    """
+    if warm:
+        for _ in epoch():
+            pass
     cpu, wall, images = cpu_seconds(), time.perf_counter(), 0
-    for batch in batches:
+    for batch in epoch():
         assert tuple(batch.shape[1:]) == (3, size, size), batch.shape
         images += len(batch)
     cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall

@@ -42,7 +42,7 @@ def main():
         )
         return
     loader = litdata.StreamingDataLoader(Photos(options), batch_size=options.batch, num_workers=options.workers)
-    clock.read(loader, options.size)
+    clock.read(lambda: loader, options.size)
 
 
 if __name__ == "__main__":

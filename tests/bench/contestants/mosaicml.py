@@ -37,7 +37,7 @@ def main():
                 out.write({"image": Image.open(path), "label": 0})
         return
     loader = DataLoader(Photos(options), batch_size=options.batch, num_workers=options.workers)
-    clock.read((images for images, _ in loader), options.size)
+    clock.read(lambda: (images for images, _ in loader), options.size)
 
 
 if __name__ == "__main__":

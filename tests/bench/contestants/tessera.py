@@ -25,14 +25,18 @@ def floats(dataset, size, ids):
 
 
 def main():
-    options = arguments.parse("--uint8", "--exactly-once")
+    options = arguments.parse("--uint8", "--exactly-once", "--cold")
     torch.set_num_threads(1)
     dataset = ShardDataset(
         options.folder, batch_size=options.batch, image_size=options.size, workers=options.workers, augment=FLIP_ONLY
     )
     ids = []
-    crops = (batch.images[0] for batch in dataset)
-    clock.read(crops if options.uint8 else floats(dataset, options.size, ids), options.size)
+
+    def epoch():
+        ids.clear()
+        return (batch.images[0] for batch in dataset) if options.uint8 else floats(dataset, options.size, ids)
+
+    clock.read(epoch, options.size, warm=not options.cold)
     if options.exactly_once:
         whole = len(dataset) * options.batch
         print(json.dumps({"lost": whole - len(set(ids)), "repeated": len(ids) - len(set(ids))}))

@@ -51,7 +51,7 @@ def main():
         .batched(options.batch)
     )
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=options.workers)
-    clock.read((images for images, _ in loader), options.size)
+    clock.read(lambda: (images for images, _ in loader), options.size)
 
 
 if __name__ == "__main__":

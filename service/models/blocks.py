@@ -34,6 +34,7 @@ def depth_outputs(
     drop_path: float = 0.0,
     keys_B: Tensor | None = None,
     checkpointing: bool = False,
+    unasked: int = 0,
 ) -> list[Tensor]:
     """Pass tokens through timm blocks and give those after the blocks numbered `depths` (from 1), (B, K, D) each.
 
@@ -46,6 +47,7 @@ def depth_outputs(
         drop_path: rate of the last block's stochastic depth; the first has none (Huang et al. 2016).
         keys_B: int64 random keys of the samples at this step; needed to drop paths, which happens when training.
         checkpointing: keep no activations inside blocks but compute them again on the way back.
+        unasked: first tokens that the last block's output lacks; it attends to them all the same.
     """
     fused = use_fused(x_BKD, attention)
     turn = None if angles is None else (angles.cos()[:, None], angles.sin()[:, None])
@@ -53,27 +55,34 @@ def depth_outputs(
     for number, block in enumerate(blocks):
         rate = drop_path * number / max(1, len(blocks) - 1)
         drop = _survivors(keys_B, number, rate, x_BKD) if block.training and rate > 0 else None
+        options = turn, fused, drop, unasked if number + 1 == len(blocks) else 0
         if checkpointing and block.training:
-            x_BKD = checkpoint(_block, block, x_BKD, turn, fused, drop, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            x_BKD = checkpoint(_block, block, x_BKD, *options, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         else:
-            x_BKD = _block(block, x_BKD, turn, fused, drop)
+            x_BKD = _block(block, x_BKD, *options)
         outputs += [x_BKD] * list(depths).count(number + 1)
     return outputs
 
 
 def _block(
-    block: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool, drop: tuple[Tensor, Tensor] | None
+    block: nn.Module,
+    x: Tensor,
+    turn: tuple[Tensor, Tensor] | None,
+    fused: bool,
+    drop: tuple[Tensor, Tensor] | None,
+    unasked: int,
 ) -> Tensor:
-    attended = block.ls1(_attend(block.attn, block.norm1(x), turn, fused))
-    x = x + (attended if drop is None else attended * drop[0])
+    attended = block.ls1(_attend(block.attn, block.norm1(x), turn, fused, unasked))
+    x = x[:, unasked:] + (attended if drop is None else attended * drop[0])
     mixed = block.ls2(block.mlp(block.norm2(x)))
     return x + (mixed if drop is None else mixed * drop[1])
 
 
-def _attend(attn: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool) -> Tensor:
+def _attend(attn: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool, unasked: int) -> Tensor:
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, A, K, E) each
     if turn is not None:
         q, k = (_rotate(t, *turn) for t in (q, k))
+    q = q[:, :, unasked:]
     if fused:
         y = F.scaled_dot_product_attention(q, k, v)
     else:

@@ -183,7 +183,7 @@ class Predictor(nn.Module):
             context, queries = context + of_context, queries + of_targets
         x = _beside(context, queries, count)
         angles = _beside(of_context, of_targets, count) if self.rope else None
-        x = self.norm(run_blocks(self.blocks, x, angles=angles, **self.options))[:, context_BK.shape[1] :]
+        x = self.norm(run_blocks(self.blocks, x, angles=angles, unasked=context_BK.shape[1], **self.options))
         parts = x.unflatten(0, (-1, count)).split([part.shape[2] for part in targets], 2)
         return [project(part) for project, part in zip(self.project, parts, strict=True)]
 

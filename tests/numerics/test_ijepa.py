@@ -258,3 +258,19 @@ def test_blocks_without_angles_are_timm_blocks():
     x = torch.randn(2, 16, 192, dtype=torch.float64)
     torch.testing.assert_close(run_blocks(model.blocks, x), model.blocks(x), rtol=1e-9, atol=1e-9)
     assert F.mse_loss(run_blocks(model.blocks, x), x) > 0
+
+
+@pytest.mark.parametrize("fused", ["fused", "plain"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_tokens_that_nobody_asks_for_are_seen_but_not_computed(fused, turned):
+    model = VisionTransformer("tiny", 4, 16, depth=2).double().train()
+    angles = rope_angles(patch_coordinates((4, 4)), 64).double()[None] if turned else None
+    x = torch.randn(3, 16, 192, dtype=torch.float64)
+    options = {"angles": angles, "attention": fused, "drop_path": 0.5, "keys_B": torch.arange(3)}
+    whole, some = (run_blocks(model.blocks, x, **options, unasked=count) for count in (0, 10))
+    torch.testing.assert_close(some, whole[:, 10:], rtol=1e-9, atol=1e-12)
+    with FlopCounterMode(display=False) as counted:
+        run_blocks(model.blocks, x, **options)
+    with FlopCounterMode(display=False) as fewer:
+        run_blocks(model.blocks, x, **options, unasked=10)
+    assert fewer.get_total_flops() < 0.85 * counted.get_total_flops()

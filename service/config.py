@@ -362,28 +362,29 @@ def _blocks(count: int, scale: Range, aspect: Range = (1.0, 1.0)) -> TargetBlock
     return TargetBlocks(count=count, scale=scale, aspect=aspect)
 
 
-class PaperMasking(Frozen):
+class _MultiblockMasking(Frozen):
+    contexts: TargetBlocks
+    targets: TargetBlocks
+
+    def build(self, grid: tuple[int, int]) -> masks.Masking:
+        """Masking of a grid, or ValueError when it leaves no context."""
+        return masks.Multiblock(grid, self.contexts.build(), self.targets.build())
+
+
+class PaperMasking(_MultiblockMasking):
     """One large context block minus four target blocks (Assran et al. 2023), without the published code's biases."""
 
     kind: Literal["paper"] = "paper"
     contexts: TargetBlocks = _blocks(1, (0.85, 1.0))
     targets: TargetBlocks = _blocks(4, (0.15, 0.2), (0.75, 1.5))
 
-    def build(self, grid: tuple[int, int]) -> masks.Masking:
-        """Masking of a grid, or ValueError when it leaves no context."""
-        return masks.Multiblock(grid, self.contexts.build(), self.targets.build())
 
-
-class GuideMasking(Frozen):
+class GuideMasking(_MultiblockMasking):
     """The union of four context blocks, and two target blocks that never overlap it."""
 
     kind: Literal["guide"] = "guide"
     contexts: TargetBlocks = _blocks(4, (0.15, 0.2), (0.75, 1.5))
     targets: TargetBlocks = _blocks(2, (0.1, 0.15), (0.75, 1.5))
-
-    def build(self, grid: tuple[int, int]) -> masks.Masking:
-        """Masking of a grid, or ValueError when it leaves no context."""
-        return masks.Multiblock(grid, self.contexts.build(), self.targets.build())
 
 
 class BlockMasking(Frozen):

@@ -103,9 +103,8 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
         Mean over this rank's 2B embeddings, a scalar.
     """
     with torch.autocast(z1_BD.device.type, enabled=False):
-        own = torch.stack([F.normalize(_precise(z), dim=1) for z in (z1_BD, z2_BD)], 1).flatten(
-            0, 1
-        )  # views of an image side by side
+        views = [F.normalize(_precise(z), dim=1) for z in (z1_BD, z2_BD)]
+        own = torch.stack(views, 1).flatten(0, 1)  # views of an image side by side
         logits = own @ all_gather_rows(own).T / temperature
     here = torch.arange(len(own), device=own.device)
     itself = here + len(own) * rank()

@@ -57,6 +57,16 @@ def random_batch(family, config, size, dtype=torch.float64, step=0):
     return Batch(views, keys, *drawn, local)
 
 
+def assert_all_but_the_target_encoder_learn(family, batch):
+    """Every trained parameter has a gradient, and the target encoder's have none."""
+    family(batch).total.backward()
+    for name, parameter in family.named_parameters():
+        if name.startswith("target_encoder") or not parameter.requires_grad:
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
 # Losses of `image_vicreg` by name, and settings for more than two views.
 VIEW_LOSSES = {
     "vicreg": ["family.loss={kind: vicreg, inv: 2, std: 3, cov: 4, cov_norm: offdiag_mean}"],

@@ -20,6 +20,8 @@ from service.evaluate.features import RawPixels, extract, extract_views
 from service.evaluate.report import Scores, evaluate_features, gains, percentages
 from service.models.encoder import build_encoder, every_level
 
+Features = tuple[Tensor, Tensor]  # (N, D) and labels (N,)
+_NOTHING: Mapping[str, Features] = {}
 _DRAW_SEED = 0  # of the label draws: of the protocol, not of the run, so that runs compare draw by draw
 _VERSION = "linear-v1"
 _QUALITY_SAMPLES = 1024  # of a split, in its random order: metrics of rank compare at equal numbers only
@@ -45,7 +47,10 @@ class Protocol:
         """Accuracy of a linear probe on the validation split and its standard error, in percent."""
         data = self.config.data
         train, held_out = (self._features(encoder, name) for name in (data.train_split, data.val_split))
-        x, queries = linear_probe.standardise(train[0], held_out[0])
+        return self._validation(train, held_out, slice(None))
+
+    def _validation(self, train: Features, held_out: Features, part: slice) -> dict[str, float]:
+        x, queries = linear_probe.standardise(train[0][:, part], held_out[0][:, part])
         probe = linear_probe.fit(x, train[1], self._classes, self.config.eval.probe_c)
         accuracy, error = linear_probe.accuracy(probe, queries, held_out[1])
         return {"val_linear": float(accuracy), "val_linear_se": float(error)}
@@ -65,19 +70,29 @@ class Protocol:
             f"{_VERSION} C={self.config.eval.probe_c:g} {data.train_split}-{data.val_split} {data.eval_image_size}px"
         )
         head = {"protocol": protocol, "reported_split": reported}
-        return self.validation(encoder) | head | self.table(encoder, reported, others)
+        module, parts = every_level(encoder)
+        known = {name: self._features(module, name) for name in (data.train_split, data.val_split)}
+        validation = self._validation(known[data.train_split], known[data.val_split], parts["trained"])
+        return validation | head | self.table(encoder, reported, others, known)
 
-    def table(self, encoder: nn.Module, split: str, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+    def table(
+        self,
+        encoder: nn.Module,
+        split: str,
+        others: Mapping[str, nn.Module] | None = None,
+        known: Mapping[str, Features] = _NOTHING,
+    ) -> dict[str, Any]:
         """Scores and quality of representations on `split`, and paired intervals of the trained one's gains.
 
         Rows are raw pixels, the encoder at random weights, the trained one, each level of it if it has levels, and the
-        `others` that were trained beside it. Gains are over the first two.
+        `others` that were trained beside it. Gains are over the first two. `known` holds features of all levels of
+        `encoder`, by split, that need no second pass.
         """
         random = random_encoder(self.config).to(self.worker.device)
         random = random.double() if self.config.compute.precision == "fp64" else random
         single = {"raw_pixels": RawPixels(), "random_encoder": random}
         baselines = {name: self._measure(module, {name: slice(None)}, split)[name] for name, module in single.items()}
-        rows = baselines | self._measure(*every_level(encoder), split)
+        rows = baselines | self._measure(*every_level(encoder), split, known)
         for name, module in (others or {}).items():
             rows |= self._measure(module, {name: slice(None)}, split)
         return {
@@ -87,10 +102,11 @@ class Protocol:
         }
 
     def _measure(
-        self, encoder: nn.Module, parts: Mapping[str, slice], split: str
+        self, encoder: nn.Module, parts: Mapping[str, slice], split: str, known: Mapping[str, Features] = _NOTHING
     ) -> dict[str, tuple[Scores, dict[str, Any]]]:
         """Scores and quality of some dimensions of a representation, by name, from one pass over the data."""
-        train, held_out = (self._features(encoder, name) for name in (self.config.data.train_split, split))
+        names = self.config.data.train_split, split
+        train, held_out = (known[name] if name in known else self._features(encoder, name) for name in names)
         views = self._views(encoder, split)
         found: dict[tuple[int, int], tuple[Scores, dict[str, Any]]] = {}
         for part in parts.values():
@@ -99,7 +115,7 @@ class Protocol:
                 found[part.start, part.stop] = measured
         return {name: found[part.start, part.stop] for name, part in parts.items()}
 
-    def _scores(self, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], part: slice) -> Scores:
+    def _scores(self, train: Features, held_out: Features, part: slice) -> Scores:
         options = self.config.eval
         return evaluate_features(
             train[0][:, part],
@@ -131,8 +147,8 @@ class Protocol:
     def _classes(self) -> int:
         return len(self.index.classes)
 
-    def _features(self, encoder: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and labels (N,) of a split's labelled, readable samples."""
+    def _features(self, encoder: nn.Module, name: str) -> Features:
+        """Encode a split's labelled, readable samples."""
         split = DataSplit(self.store, self.index, name)
         features, readable = extract(
             encoder,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.collectives import all_gather_rows, all_reduce_sum, rank, world_size
+from service.precision import at_least_fp32
 
 VARIANCE_EPS = 1e-4
 
@@ -34,7 +35,7 @@ def vicreg_terms(
     Returns:
         `inv` (of this rank's samples), `std` and `cov` (of the global batch), scalars.
     """
-    views_BD, local = tuple(map(_precise, views_BD)), [_precise(z) for z in local]
+    views_BD, local = tuple(map(at_least_fp32, views_BD)), [at_least_fp32(z) for z in local]
     with torch.autocast(views_BD[0].device.type, enabled=False):
         found = [variance_covariance(z, gamma=gamma, cov_norm=cov_norm) for z in (*views_BD, *local)]
     std, cov = (2 * torch.stack(term).mean() for term in zip(*found, strict=True))
@@ -51,7 +52,7 @@ def invariance(views_BD: Sequence[Tensor], local: Sequence[Tensor] = ()) -> Tens
     Returns:
         Mean over views, this rank's samples and dimensions, a scalar in at least fp32.
     """
-    views_BD, local = [_precise(z) for z in views_BD], [_precise(z) for z in local]
+    views_BD, local = [at_least_fp32(z) for z in views_BD], [at_least_fp32(z) for z in local]
     centre = sum(views_BD[1:], views_BD[0]) / len(views_BD)
     return torch.stack([F.mse_loss(z, centre) for z in (*views_BD, *local)]).mean()
 
@@ -59,10 +60,6 @@ def invariance(views_BD: Sequence[Tensor], local: Sequence[Tensor] = ()) -> Tens
 def pair_distance(views_BD: Sequence[Tensor], local: Sequence[Tensor] = ()) -> Tensor:
     """`invariance` on the scale of VICReg's eq. 5: without local crops the mean squared distance of pairs of views."""
     return invariance(views_BD, local) * (2 * len(views_BD) / (len(views_BD) - 1))
-
-
-def _precise(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def variance_covariance(
@@ -103,7 +100,7 @@ def nt_xent(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
         Mean over this rank's 2B embeddings, a scalar.
     """
     with torch.autocast(z1_BD.device.type, enabled=False):
-        views = [F.normalize(_precise(z), dim=1) for z in (z1_BD, z2_BD)]
+        views = [F.normalize(at_least_fp32(z), dim=1) for z in (z1_BD, z2_BD)]
         own = torch.stack(views, 1).flatten(0, 1)  # views of an image side by side
         logits = own @ all_gather_rows(own).T / temperature
     here = torch.arange(len(own), device=own.device)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from service.collectives import all_reduce_sum, world_size
 from service.data.draws import hash_torch, key
+from service.precision import at_least_fp32
 
 Variant = Literal["bcs", "lejepa"]
 _CHUNK = 1 << 15  # projections that a thread works on at once: they stay in its core's cache
@@ -63,7 +64,7 @@ def sigreg(z: Tensor, seed: Tensor | int, *, slices: int, variant: Variant) -> T
         slices: number of directions S.
         variant: `bcs` (eb_jepa) is the mean over slices, `lejepa` that times the number of samples G.
     """
-    z = z if z.dtype == torch.float64 else z.float()
+    z = at_least_fp32(z)
     with torch.autocast(z.device.type, enabled=False):
         projected = z @ directions(seed, z.shape[-1], slices, z)
         statistic = epps_pulley(projected.movedim(-2, 0).flatten(1), KNOTS[variant]).mean()

@@ -324,7 +324,7 @@ def _steps(
             share_buffers(trainer.evaluated)
             report(done, protocol.validation(trainer.evaluated))
         if rank == 0 and (save_due(done) or last):
-            _check_finite(_norm(trainer.module), done, checkpoints)
+            _check_finite(nn.utils.get_total_norm(trainer.module.parameters()).item(), done, checkpoints)
             checkpoints.save(done, trainer.state)
         if rank == 0 and snapshot_due(done):
             run.fence()
@@ -398,10 +398,6 @@ def _check_bad_samples(found: float, most: int) -> None:
             f"{found:g} samples of this epoch cannot be decoded, and data.max_bad={most} allows {most}: "
             "find them with 'tessera verify', shard again without them, or raise data.max_bad"
         )
-
-
-def _norm(module: nn.Module) -> float:
-    return sum(norm.item() ** 2 for norm in torch._foreach_norm(list(module.parameters()))) ** 0.5
 
 
 def _check_finite(value: float, done: int, checkpoints: Checkpoints) -> None:

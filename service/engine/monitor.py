@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from service.collectives import all_reduce_sum
 from service.config import RunConfig
 from service.evaluate import quality
+from service.precision import at_least_fp32
 
 log = logging.getLogger(__name__)
 Row = dict[str, float]
@@ -55,7 +56,7 @@ class Monitor:
         n = max(1, min(self._batch, self._rows // (self._steps * len(x_VBD))))
         positions = [i * self._batch // n - self._start for i in range(n)]
         mine = [i for i, at in enumerate(positions) if 0 <= at < self._size]
-        x_VBD = x_VBD.detach() if x_VBD.dtype == torch.float64 else x_VBD.detach().float()
+        x_VBD = at_least_fp32(x_VBD.detach())
         chosen = x_VBD.new_zeros(len(x_VBD), n, x_VBD.shape[-1])
         if mine:
             at = torch.tensor([positions[i] for i in mine], device=x_VBD.device)

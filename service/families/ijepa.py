@@ -21,6 +21,7 @@ from service.losses import prediction_losses
 from service.masks import Masks
 from service.models.blocks import patch_coordinates, take
 from service.models.encoder import build_encoder
+from service.precision import at_least_fp32
 
 
 class IJepaFamily(Family):
@@ -144,7 +145,7 @@ class IJepaFamily(Family):
         if self.target_encoder is None:
             return self._levels(self.context_encoder, images, ~keys)
         with torch.no_grad():
-            return [t if t.dtype == torch.float64 else t.float() for t in self._levels(self.target_encoder, images)]
+            return [at_least_fp32(tokens) for tokens in self._levels(self.target_encoder, images)]
 
     def _distance(self, predicted: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         """Distance of (V·B, M, T, D) to the tokens at the targets' places, or of the mean to theirs, (V·B,)."""

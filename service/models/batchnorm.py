@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from service.collectives import all_reduce_sum, world_size
+from service.precision import at_least_fp32
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -25,7 +26,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(input.dim())]
-        x = input if input.dtype == torch.float64 else input.float()
+        x = at_least_fp32(input)
         count = x.numel() // x.shape[1] * world_size()
         mean = all_reduce_sum(x.sum(axes)) / count
         centred = x - mean.view(shape)

@@ -97,6 +97,7 @@ def _job_environment(profile: Profile, job: str, commit: str | None) -> dict[str
         "TESSERA_JOB": job,
         "TESSERA_COMMIT": commit or "none",
         "PYTHONUNBUFFERED": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",  # until SIGKILL: for the driver to end its MLflow run
     }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from datasets_prep.errors import UserError
 from jobs import package, plan, recipes
 from service.config import RunConfig
-from service.data.store import Store
+from service.data.store import Store, StoreUnavailable
 from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease
 
 RESULT, STATE = "result.json", "state.json"
@@ -51,6 +51,9 @@ def main(arguments: list[str]) -> int:
     try:
         made = plan.make(recipes.load(arguments[0], arguments[1:]))
         result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
+    except StoreUnavailable as error:
+        print(f"failed: {error}; the same command resumes the run", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -212,7 +215,9 @@ def fit(config: RunConfig, payload: Payload) -> None:
 
 
 def _is_user_error(error: BaseException) -> bool:
-    return isinstance(error, UserError) or isinstance(getattr(error, "cause", None), UserError)
+    """Say whether bad input was the cause, which an outage of the storage is not."""
+    root = getattr(error, "cause", None) or error
+    return isinstance(root, UserError) and not isinstance(root, StoreUnavailable)
 
 
 def run_worker(payload: dict[str, Any]) -> None:

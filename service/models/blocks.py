@@ -1,4 +1,4 @@
-"""Transformer blocks: timm's modules and parameter names, with forward passes that drop paths by key and turn by RoPE.
+"""What passes tokens through transformer blocks: attention that turns by RoPE, paths dropped by key, places.
 
 Shape legend: B samples, K tokens, D width, A heads, E = D / A their width.
 """
@@ -20,7 +20,7 @@ _ROPE_BASE = 100.0  # of the lowest frequency; grids have tens of patches where 
 
 
 def run_blocks(blocks: nn.Sequential, x_BKD: Tensor, **options: Any) -> Tensor:
-    """Pass tokens through timm blocks; the options are those of `depth_outputs`."""
+    """Pass tokens through `vit.Block`s; the options are those of `depth_outputs`."""
     return depth_outputs(blocks, x_BKD, (len(blocks),), **options)[0]
 
 
@@ -36,10 +36,10 @@ def depth_outputs(
     checkpointing: bool = False,
     unasked: int = 0,
 ) -> list[Tensor]:
-    """Pass tokens through timm blocks and give those after the blocks numbered `depths` (from 1), (B, K, D) each.
+    """Pass tokens through `vit.Block`s and give those after the blocks numbered `depths` (from 1), (B, K, D) each.
 
     Args:
-        blocks: `timm.models.vision_transformer.Block`s.
+        blocks: `vit.Block`s, called as modules, so that hooks on them act.
         x_BKD: tokens.
         depths: ascending, repeated where an output is wanted twice.
         angles: of the rotary positions, broadcast to (B, K, E/2); none leaves queries and keys as they are.
@@ -57,28 +57,15 @@ def depth_outputs(
         drop = _survivors(keys_B, number, rate, x_BKD) if block.training and rate > 0 else None
         options = turn, fused, drop, unasked if number + 1 == len(blocks) else 0
         if checkpointing and block.training:
-            x_BKD = checkpoint(_block, block, x_BKD, *options, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            x_BKD = checkpoint(block, x_BKD, *options, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
         else:
-            x_BKD = _block(block, x_BKD, *options)
+            x_BKD = block(x_BKD, *options)
         outputs += [x_BKD] * list(depths).count(number + 1)
     return outputs
 
 
-def _block(
-    block: nn.Module,
-    x: Tensor,
-    turn: tuple[Tensor, Tensor] | None,
-    fused: bool,
-    drop: tuple[Tensor, Tensor] | None,
-    unasked: int,
-) -> Tensor:
-    attended = block.ls1(_attend(block.attn, block.norm1(x), turn, fused, unasked))
-    x = x[:, unasked:] + (attended if drop is None else attended * drop[0])
-    mixed = block.ls2(block.mlp(block.norm2(x)))
-    return x + (mixed if drop is None else mixed * drop[1])
-
-
-def _attend(attn: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool, unasked: int) -> Tensor:
+def attend(attn: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool, unasked: int) -> Tensor:
+    """Self-attention of `x` (B, K, D), (B, K − unasked, D); arguments as `vit.Block` takes them."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, A, K, E) each
     if turn is not None:
         q, k = (_rotate(t, *turn) for t in (q, k))

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as Timm
 from torch import Tensor, nn
 
 from service.models.blocks import (
     Attention,
+    attend,
     depth_outputs,
     patch_coordinates,
     rope_angles,
@@ -28,6 +29,35 @@ SIZES: dict[str, dict[str, Any]] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
+
+
+class Block(TimmBlock):
+    """timm's block with its parameters, whose attention may turn and whose paths are dropped by key."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor] | None = None,
+        fused: bool = True,
+        drop: tuple[Tensor, Tensor] | None = None,
+        unasked: int = 0,
+    ) -> Tensor:
+        """Mix tokens and their channels.
+
+        Args:
+            x: (B, K, D).
+            turn: cosines and sines of the rotary positions, (B or 1, 1, K, E/2) each.
+            fused: attention by one kernel, not by two matrix products.
+            drop: factors of the two branches, (B, 1, 1) each.
+            unasked: first tokens that the output lacks.
+
+        Returns:
+            (B, K − unasked, D).
+        """
+        attended = self.ls1(attend(self.attn, self.norm1(x), turn, fused, unasked))
+        x = x[:, unasked:] + (attended if drop is None else attended * drop[0])
+        mixed = self.ls2(self.mlp(self.norm2(x)))
+        return x + (mixed if drop is None else mixed * drop[1])
 
 
 class VisionTransformer(Timm):
@@ -67,6 +97,7 @@ class VisionTransformer(Timm):
             dynamic_img_size=True,
             pos_embed="none" if positions == "rope" else "learn",
             init_values=layer_scale,
+            block_fn=Block,
             **SIZES[size] | ({} if depth is None else {"depth": depth}),
         )
         self.dim, self.trained_grid = self.num_features, (image_size // patch_size,) * 2

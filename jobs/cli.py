@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from datasets_prep.errors import UserError
-from jobs import cli_data, cli_shards
+from jobs import cli_checkpoints, cli_data, cli_shards
 from jobs.terminal import as_json, emit, note, stack_environment
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _links(as_json: bool) -> dict[str, str]:
     return links
 
 
-for _command in cli_data.COMMANDS + cli_shards.COMMANDS:
+for _command in (*cli_data.COMMANDS, *cli_shards.COMMANDS, cli_checkpoints.checkpoints):
     cli.add_command(_command)
 
 

@@ -734,7 +734,13 @@ class Checkpoint(Frozen):
     """Full training state for resuming, and snapshots of the encoder alone."""
 
     every: Interval = "5 minutes"
-    keep_last: Count = 2
+    keep_last: Count = Field(2, description="newest checkpoints that stay")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        0, description="checkpoints that stay beside them for the best validation probe at or before their step"
+    )
+    patience_minutes: NonNegative = Field(
+        10.0, description="how long storage may be away or full before the run stops; it trains on meanwhile"
+    )
     snapshot_every: Interval | None = Field(None, description="keep the encoder's weights this often")
 
 

@@ -5,19 +5,23 @@ Nothing pickled is loaded: safetensors hold the weights, JSON the rest. The pt2 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from datasets_prep.errors import UserError
 from service.config import RunConfig
 from service.data.augment import MEAN, STD, resize_normalise
 from service.models.encoder import build_encoder
+
+if TYPE_CHECKING:
+    from service.data.store import Store
 
 WEIGHTS, CONFIG, PREPROCESSING, PROGRAM = "model.safetensors", "config.json", "preprocessing.json", "model.pt2"
 
@@ -32,6 +36,19 @@ class ServedEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encode images of any one size."""
         return self.encoder(resize_normalise(images.permute(0, 3, 1, 2), self.image_size)).float()
+
+
+def weights(encoder: nn.Module) -> bytes:
+    """Give an encoder's weights as safetensors."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()})
+
+
+def write_encoder(store: Store, encoder: nn.Module, config: RunConfig) -> None:
+    """Write what registration, serving and `init_from` load: weights, config, preprocessing."""
+    described = describe_preprocessing(config.data.eval_image_size, encoder.dim)  # pyright: ignore[reportArgumentType]
+    store.put(WEIGHTS, weights(encoder))
+    store.put(CONFIG, json.dumps(config.plain(), indent=1).encode())
+    store.put(PREPROCESSING, json.dumps(described, indent=1).encode())
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from service.collectives import from_rank_0, mean_over_ranks, world_size
@@ -37,7 +36,7 @@ from service.engine.lease import check_lease
 from service.engine.monitor import Monitor
 from service.engine.worker import Worker, distribute, place, share_buffers, start_worker
 from service.evaluate.protocol import Protocol
-from service.export import CONFIG, PREPROCESSING, WEIGHTS, describe_preprocessing
+from service.export import weights, write_encoder
 from service.families import build_family
 from service.families.base import Batch, Family, Losses
 from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
@@ -253,9 +252,7 @@ def train(
         flush()
         run.fence()
 
-    checkpoints = Checkpoints(
-        run.store.sub("checkpoints"), worker.environment(), before_write, run.lease_epoch, config.checkpoint.keep_last
-    )
+    checkpoints = Checkpoints(run.store.sub("checkpoints"), config, worker.environment(), before_write, run.lease_epoch)
     start = checkpoints.restore(trainer.state)
     if start and worker.rank == 0:
         log.info("resumed from the checkpoint of step %d", start)
@@ -276,7 +273,9 @@ def train(
     }
     if worker.rank == 0:
         run.fence()
-        _keep_encoder(run.store.sub("encoder"), trainer.evaluated, config, scores)
+        kept = run.store.sub("encoder")
+        write_encoder(kept, trainer.evaluated, config)
+        kept.put("scores.json", json.dumps(scores, indent=1).encode())
         run.store.put("result.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -322,13 +321,15 @@ def _steps(
             report(done, monitor.read(trainer.module, trainer.grad_norm))
         if eval_due(done) and not last:
             share_buffers(trainer.evaluated)
-            report(done, protocol.validation(trainer.evaluated))
+            row = protocol.validation(trainer.evaluated)
+            checkpoints.score = row["val_linear"]
+            report(done, row)
         if rank == 0 and (save_due(done) or last):
             _check_finite(nn.utils.get_total_norm(trainer.module.parameters()).item(), done, checkpoints)
             checkpoints.save(done, trainer.state)
         if rank == 0 and snapshot_due(done):
             run.fence()
-            run.store.put(f"snapshots/step-{done:08d}.safetensors", _weights(trainer.evaluated))
+            run.store.put(f"snapshots/step-{done:08d}.safetensors", weights(trainer.evaluated))
 
 
 class Report:
@@ -409,16 +410,3 @@ def _check_finite(value: float, done: int, checkpoints: Checkpoints) -> None:
         f"the loss or a weight is {value} after step {done}: lower optim.lr, set optim.clip_norm=1.0 or lengthen "
         f"schedule.warmup_epochs; the last good checkpoint is of step {checkpoints.newest_step()}"
     )
-
-
-def _weights(encoder: nn.Module) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()})
-
-
-def _keep_encoder(store: Store, encoder: nn.Module, config: RunConfig, scores: dict[str, Any]) -> None:
-    """Write what registration and serving load: weights, config, preprocessing, scores."""
-    described = describe_preprocessing(config.data.eval_image_size, encoder.dim)  # pyright: ignore[reportArgumentType]
-    store.put(WEIGHTS, _weights(encoder))
-    store.put(CONFIG, json.dumps(config.plain(), indent=1).encode())
-    store.put(PREPROCESSING, json.dumps(described, indent=1).encode())
-    store.put("scores.json", json.dumps(scores, indent=1).encode())

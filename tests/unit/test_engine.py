@@ -184,8 +184,8 @@ def test_a_checkpoint_returns_every_tensor(few_digits, tmp_path):
     )
     run(config, tmp_path)
     store = Store(tmp_path / "checkpoints")
-    checkpoints = checkpoint.Checkpoints(store, {}, lambda: None, 0, 2)
-    assert checkpoints.committed() == ["step-00000002-lease-0000", "step-00000003-lease-0000"]
+    checkpoints = checkpoint.Checkpoints(store, config, {}, lambda: None, 0)
+    assert checkpoint.committed(store) == ["step-00000002-lease-0000", "step-00000003-lease-0000"]
     assert checkpoints.newest_step() == 3
     trainers = [make_trainer(config.model_copy(update={"seed": seed})) for seed in range(2)]
     assert [checkpoints.restore(t.state) for t in trainers] == [3, 3]

@@ -1,0 +1,181 @@
+"""What stays of a run's checkpoints, what storage that fails does to it, and the commands that read them."""
+
+import json
+import logging
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from datasets_prep.errors import UserError
+from jobs.cli import cli
+from service.data.store import Store, StoreUnavailable
+from service.engine import checkpoint, loop
+from service.engine.checkpoint import Checkpoints
+from tests.configs import tiny
+from tests.unit.test_engine import make_trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {
+    "data__batch_size": 16,
+    "family__encoder__width": 2,
+    "family__encoder__depth": 8,
+    "family__projector__hidden": 8,
+    "family__projector__output": 8,
+}
+
+
+def opened(folder, lease=1, **options):
+    """Checkpoints in a folder, and a state to save there."""
+    config = tiny(
+        "none", **SMALL, optim__kind="sgd", **{f"checkpoint__{name}": value for name, value in options.items()}
+    )
+    return Checkpoints(Store(folder), config, {}, lambda: None, lease), make_trainer(config).state
+
+
+def steps(folder):
+    return [int(name.split("-")[1]) for name in checkpoint.committed(Store(folder))]
+
+
+def test_the_last_and_the_best_stay(tmp_path):
+    checkpoints, state = opened(tmp_path, keep_last=2, keep_best=2)
+    for step, score in enumerate((50.0, 90.0, 60.0, None, 55.0, 40.0), 1):
+        checkpoints.score = score
+        checkpoints.save(step, state)
+    checkpoints.wait()
+    assert steps(tmp_path) == [2, 3, 5, 6]
+    again, state = opened(tmp_path)
+    assert again.restore(state) == 6 and again.score == 40.0
+
+
+def test_what_killed_writers_left_is_removed_but_not_what_a_newer_driver_writes(tmp_path):
+    store = Store(tmp_path)
+    for folder in ("step-00000009-lease-0001", "step-00000001-lease-0002", "step-00000003-lease-0003"):
+        store.put(f"{folder}/__0_0.distcp", b"torn")
+    checkpoints, state = opened(tmp_path, lease=2)
+    checkpoints.save(2, state)
+    checkpoints.wait()
+    assert checkpoint.torn(store) == ["step-00000003-lease-0003"]
+    assert checkpoint.committed(store) == ["step-00000002-lease-0002"]
+
+
+def test_training_goes_on_while_storage_fails_and_commits_once_it_is_back(few_digits, tmp_path, caplog):
+    config = tiny(few_digits, **SMALL, schedule__steps=6, checkpoint__every="1 steps")
+    blocker = tmp_path / "checkpoints"
+    blocker.touch()  # a file where the folder should be: no write can succeed
+
+    def back(step, row):
+        if step == 5:
+            blocker.unlink(missing_ok=True)
+
+    result = loop.train(config, loop.Run(Store(tmp_path)), rows=back)
+    assert result["steps"] == 6 and steps(blocker)[-1] == 6
+    assert "the checkpoint of step 1 was not written" in caplog.text
+    caplog.clear()
+    impatient = tiny(
+        few_digits, **SMALL, schedule__steps=6, checkpoint__every="1 steps", checkpoint__patience_minutes=0
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").touch()
+    with pytest.raises(StoreUnavailable, match="checkpoints"):
+        loop.train(impatient, loop.Run(Store(tmp_path / "other")))
+
+
+def test_a_full_disk_loses_no_committed_checkpoint(small_disk, caplog):
+    checkpoints, state = opened(small_disk, keep_last=1)
+    checkpoints.save(1, state)
+    checkpoints._settle()
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    checkpoints.save(2, state)
+    with caplog.at_level(logging.WARNING):
+        checkpoints._settle()
+    assert "the checkpoint of step 2 was not written" in caplog.text and "No space left" in caplog.text
+    assert steps(small_disk) == [1] and checkpoint.faults(Store(small_disk), "step-00000001-lease-0001") == []
+    filler.unlink()
+    checkpoints.save(3, state)
+    checkpoints.wait()
+    assert steps(small_disk) == [3] and checkpoint.torn(Store(small_disk)) == []
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    checkpoints, state = opened(tmp_path)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    (marker,) = tmp_path.glob("*/COMMIT.json")
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 1}))
+    with pytest.raises(UserError, match="has format 1, and this version reads 2.*--new"):
+        opened(tmp_path)[0].restore(state)
+
+
+@pytest.fixture(scope="module")
+def trained(few_digits, tmp_path_factory):
+    """A finished run whose evaluated encoder is an average of weights."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {"schedule__steps": 4, "checkpoint__every": "2 steps", "eval__every": "2 steps", "eval__weight_ema": 0.5}
+    config = tiny(few_digits, **SMALL, **options)
+    loop.train(config, loop.Run(Store(folder)))
+    return folder
+
+
+def call(*arguments, code=0):
+    done = CliRunner().invoke(cli, ["checkpoints", *map(str, arguments)])
+    assert done.exit_code == code and (code or not done.exception), done.output
+    return done.output
+
+
+def test_list_and_verify(trained, tmp_path):
+    shown = json.loads(call("list", trained, "--json"))
+    assert [(row["step"], row["val_linear"] is None) for row in shown["committed"]] == [(2, False), (4, False)]
+    assert "step-00000002-lease-0000" in call("list", trained / "checkpoints") and shown["torn"] == []
+    assert json.loads(call("verify", trained, "--json"))["faults"] == {
+        "step-00000002-lease-0000": [],
+        "step-00000004-lease-0000": [],
+    }
+    copy = tmp_path / "checkpoints"
+    for name in Store(trained).list("checkpoints"):
+        Store(tmp_path).put(name, Store(trained).get(name))
+    first, second = (next(copy.glob(f"step-0000000{step}*/*.distcp")) for step in (2, 4))
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    (copy / "step-00000004-lease-0000/COMMIT.json").rename(copy / "kept")
+    assert "torn: never committed" in call("list", tmp_path)
+    (copy / "kept").rename(copy / "step-00000004-lease-0000/COMMIT.json")
+    out = call("verify", tmp_path, code=1)
+    assert f"{first.parent.name}/{first.name} has" in out and f"{second.parent.name}/{second.name} is missing" in out
+
+
+def test_an_exported_encoder_is_the_evaluated_one_and_can_be_started_from(trained, few_digits, tmp_path):
+    assert "the encoder of step 4" in call("export", trained, "--out", tmp_path / "new")
+    exported, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "new", trained / "encoder"))
+    assert exported.keys() == kept.keys() and all(torch.equal(exported[name], kept[name]) for name in kept)
+    for name in ("config.json", "preprocessing.json"):
+        assert (tmp_path / "new" / name).read_text() == (trained / "encoder" / name).read_text()
+    call("export", trained, "--out", tmp_path / "older", "--step", 2)
+    older = load_file(tmp_path / "older/model.safetensors")
+    assert not all(torch.equal(older[name], kept[name]) for name in kept)
+    config = tiny(few_digits, **SMALL).model_copy(update={"init_from": str(tmp_path / "older")})
+    begun = loop.build_family(config).encoder.state_dict()
+    assert all(torch.equal(begun[name], older[name]) for name in older)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "{empty}"], "holds no checkpoints: give the folder or address of one run"),
+        (["export", "{run}", "--out", "{new}", "--step", "3"], "--step 3: .* has a checkpoint of the steps 2, 4 only"),
+        (["export", "{run}", "--out", "{run}"], "is not empty: name a new folder"),
+    ],
+)
+def test_bad_input(trained, tmp_path, arguments, message):
+    places = {"empty": tmp_path / "empty", "run": trained, "new": tmp_path / "new"}
+    done = CliRunner().invoke(cli, ["checkpoints", *(each.format(**places) for each in arguments)])
+    assert isinstance(done.exception, UserError)
+    with pytest.raises(UserError, match=message):
+        raise done.exception
+    assert not (tmp_path / "new").exists()

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -38,7 +39,7 @@ from service.data.store import NotFound, Store, StoreUnavailable
 
 MARKER = "COMMIT.json"
 FORMAT = 2  # of markers; of another format nothing is read
-_RETRY_SECONDS = 10.0  # between tries to write a run's last checkpoint
+_RETRY_SECONDS = 2.0  # between tries to write a checkpoint
 log = logging.getLogger(__name__)
 
 
@@ -163,43 +164,48 @@ class Checkpoints:
     score: float | None = None  # of the last validation probe, in percent; `restore` takes it over
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _pending: Future[None] | None = None
-    _unwritten: tuple[int, dict[str, Any], dict[str, Any]] | None = None
+    _superseded: Event = field(default_factory=Event)
     _failing_since: float | None = None
 
     def save(self, step: int, state: TrainingState) -> None:
         """Copy the state and write it in the background; waits for the write before this one.
 
-        A write that storage refuses is given up with a warning, as the next is due soon. Raises what any other failure
-        raised, and storage's own once it has failed for `checkpoint.patience_minutes`.
+        While storage is away or full a write is tried again until the next save supersedes it. Raises what any other
+        failure raised, and storage's own once it has failed for `checkpoint.patience_minutes`.
         """
-        self._settle()
-        self._unwritten = step, _copy(state.plain()), self._marker(step)
-        self._pending = self._writer.submit(self._write, *self._unwritten)
+        self._superseded.set()
+        self.wait()
+        self._superseded.clear()
+        self._pending = self._writer.submit(self._try, step, _copy(state.plain()), self._marker(step))
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is committed, trying again while storage is away, up to the patience."""
-        self._settle()
-        while self._unwritten is not None:
-            time.sleep(_RETRY_SECONDS)
-            self._pending = self._writer.submit(self._write, *self._unwritten)
-            self._settle()
-
-    def _settle(self) -> None:
-        """Wait for the pending write, and judge its failure."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
+        """Wait until the pending write is committed; raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             pending.result()
-        except (StoreUnavailable, OSError) as error:
-            now = time.monotonic()
-            self._failing_since = self._failing_since or now
-            if now - self._failing_since >= 60 * self.config.checkpoint.patience_minutes:
-                raise
-            assert self._unwritten is not None
-            log.warning("the checkpoint of step %d was not written: %s", self._unwritten[0], error)
-        else:
-            self._unwritten = self._failing_since = None
+
+    def end(self) -> None:
+        """Try no write again, so that a process that fails ends at once."""
+        self._superseded.set()
+
+    def _try(self, step: int, state: dict[str, Any], marker: dict[str, Any]) -> None:
+        told = False
+        while True:
+            try:
+                self._write(step, state, marker)
+            except (StoreUnavailable, OSError) as error:
+                now = time.monotonic()
+                self._failing_since = self._failing_since or now
+                if now - self._failing_since >= 60 * self.config.checkpoint.patience_minutes:
+                    raise
+                if not told:
+                    log.warning("the checkpoint of step %d is not written yet: %s", step, error)
+                told = True
+            else:
+                self._failing_since = None
+                return
+            if self._superseded.wait(_RETRY_SECONDS):
+                return
 
     def _marker(self, step: int) -> dict[str, Any]:
         return {

@@ -259,8 +259,11 @@ def train(
     protocol = Protocol(config, data_store, index, worker)
     report = Report(trainer, start, checkpoints, run, rows or (lambda step, row: None))
     began = time.monotonic()
-    _steps(trainer, batches, start, checkpoints, protocol, run, report)
-    checkpoints.wait()
+    try:
+        _steps(trainer, batches, start, checkpoints, protocol, run, report)
+        checkpoints.wait()
+    finally:
+        checkpoints.end()
     seconds = time.monotonic() - began
     share_buffers(trainer.evaluated)
     scores = protocol.final(trainer.evaluated, family.others)

@@ -120,14 +120,16 @@ class ShardCache:
         unfinished = path.with_suffix(".tmp")  # the shard's lock is ours
         with ExitStack() as stack:
             with self._locked(_ACCOUNTS):
-                self._make_room(len(data))
+                if not self._make_room(len(data)):
+                    return  # others are writing that much: this object stays in memory
                 file: IO[bytes] = stack.enter_context(open(unfinished, "wb"))
                 os.truncate(file.fileno(), len(data))  # so that others count it from now on
             try:
                 file.write(data)
                 file.flush()
                 self._verified.add(_identity(file))
-                unfinished.rename(path)
+                with self._locked(_ACCOUNTS):  # one who lists the files sees it under either name
+                    unfinished.rename(path)
             except OSError:
                 unfinished.unlink(missing_ok=True)
                 raise
@@ -144,17 +146,18 @@ class ShardCache:
     def _used(self) -> int:
         return sum(size for _, size, path in self._files() if path.suffix != ".tmp")
 
-    def _make_room(self, wanted: int) -> None:
+    def _make_room(self, wanted: int) -> bool:
         if wanted > self.budget:
             raise OSError(errno.ENOSPC, f"an object of {wanted} bytes exceeds the cache's budget of {self.budget:.0f}")
         files = self._files()
+        if wanted + sum(size for _, size, path in files if path.suffix == ".tmp") > self.budget:
+            return False
         excess = sum(size for _, size, _ in files) + wanted - self.budget
         for _, size, path in files:
-            if excess <= 0:
-                return
-            if path.suffix != ".tmp":
+            if excess > 0 and path.suffix != ".tmp":
                 path.unlink(missing_ok=True)  # a mapping of it stays valid
                 excess -= size
+        return True
 
     def _remove_orphans(self) -> None:
         """Remove what killed processes were writing: an unfinished file whose lock is free."""

@@ -139,6 +139,16 @@ def test_unfinished_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_pat
     assert not living.exists()
 
 
+def test_an_object_that_others_leave_no_room_for_stays_in_memory(objects, server, tmp_path, caplog):
+    folder, names = tmp_path / "cache", objects[1]
+    cache = ShardCache(3 * SIZE, folder)
+    cache.fetch(Store(server[0]), *names[0])
+    with open(folder / ("ff" + "0" * 62 + ".tmp"), "wb") as unfinished:  # of another process
+        unfinished.truncate(3 * SIZE)
+    assert bytes(cache.fetch(Store(server[0]), *names[1])) == b"\x01" * SIZE
+    assert kept(folder) == sorted([names[0][1], "ff" + "0" * 62 + ".tmp"]) and not caplog.text
+
+
 def test_a_lock_that_a_stopped_process_keeps_is_not_waited_for_without_end(objects, server, tmp_path, caplog):
     import fcntl
 

@@ -89,7 +89,8 @@ def main() -> None:
             over = [a - b for a, b in zip(linear, random, strict=True)]
             gains[f"{method}/{name}"] = over
             row = f"{method:<13} {name:<16} linear {show(linear)}  k-NN {show(knn)}"
-            print(f"{row}  over random {show(over)}", file=sys.stderr)
+            rank = statistics.mean(run["quality"][name]["rankme"] for run in runs)
+            print(f"{row}  over random {show(over)}  RankMe {rank:.0f}", file=sys.stderr)
     levels = [b - a for a, b in zip(gains["hjepa/level1"], gains["hjepa/level2"], strict=True)]
     means = {name: interval(values) for name, values in gains.items()}
     trained = statistics.mean(run["scores"]["trained"]["all"] for run in (found["ijepa", seed] for seed in SEEDS))

@@ -22,7 +22,7 @@ from service.config import canonical_partitions
 from service.data.augment import resize_normalise
 from service.data.plan import SamplePlan
 from service.data.resident import ResidentBatches
-from service.engine.loop import Length, Trainer
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.evaluate import knn, linear_probe
 from service.families import build_family

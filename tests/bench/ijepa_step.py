@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from jobs import recipes
-from service.engine.loop import Length, Trainer
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
 from service.models.blocks import patch_coordinates, sincos_positions

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from jobs import recipes
-from service.engine.loop import Length, Trainer
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
 from tests.bench._report import alternate, close, ratio

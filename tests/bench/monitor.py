@@ -10,8 +10,9 @@ import torch
 
 from jobs import recipes
 from service.engine.alarms import Alarms
-from service.engine.loop import Every, Length, Trainer
+from service.engine.loop import Every
 from service.engine.monitor import Monitor
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
 from tests.bench._report import alternate, close, ratio

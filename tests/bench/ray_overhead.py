@@ -26,7 +26,8 @@ def work(told):
     os.environ["TESSERA_CACHE"] = told["cache"]
     from jobs import recipes
     from service.data.store import Store
-    from service.engine.loop import Run, Trainer, train
+    from service.engine.loop import Run, train
+    from service.engine.trainer import Trainer
 
     taken, step = {}, Trainer.step
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from service.engine.alarms import Alarms
-from service.engine.loop import Length, Trainer
 from service.engine.monitor import Monitor
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
 from tests.configs import tiny

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.engine.loop import Length, Trainer
+from service.engine.trainer import Length, Trainer
 from service.engine.worker import place, start_worker
 from service.families import build_family
 from tests.families import family_config

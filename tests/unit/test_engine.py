@@ -14,6 +14,7 @@ from service.data.split import DataSplit, read_index
 from service.data.store import Store
 from service.engine import checkpoint, loop
 from service.engine.lease import Lease, LeaseLost
+from service.engine.trainer import Length, Trainer
 from tests.configs import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,7 +114,7 @@ def make_trainer(config, steps=3):
     torch.manual_seed(config.seed)
     worker = loop.start_worker(config.compute)
     family = loop.place(loop.build_family(config), worker, config.compute, config.parallel)
-    return loop.Trainer(config, worker, family, loop.Length(18, steps, 0))
+    return Trainer(config, worker, family, Length(18, steps, 0))
 
 
 def a_batch(size):

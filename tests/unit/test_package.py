@@ -72,3 +72,13 @@ def test_a_run_is_named_by_what_it_computes():
         package.run_name(tiny(), "f" * 16, "other"),
     ]
     assert len({name, *others}) == 5
+
+
+def test_the_name_tells_what_is_computed_and_not_by_how_many():
+    name = package.run_name(tiny(), "f" * 16, "code")
+    same = {"parallel__workers": 2, "checkpoint__every": "3 steps", "compute__threads": 2, "data__mode": "stream"}
+    for key, value in same.items():
+        assert package.run_name(tiny(**{key: value}), "f" * 16, "code") == name, key
+    others = {"parallel__sync_batchnorm": True, "data__batch_size": 32, "compute__precision": "fp64"}
+    for key, value in others.items():
+        assert package.run_name(tiny(**{key: value}), "f" * 16, "code") != name, key

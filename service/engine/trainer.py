@@ -1,0 +1,151 @@
+"""What a step touches and how it is taken: views, losses, gradients, the optimiser's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from service.config import RunConfig, canonical_partitions
+from service.data.augment import draw_views, view_kinds
+from service.data.draws import hash_torch, key
+from service.data.mix import Mixes, draw_mixes, mix
+from service.data.stream import Images
+from service.engine.accumulate import backward
+from service.engine.average import WeightAverage
+from service.engine.checkpoint import TrainingState
+from service.engine.worker import Worker, distribute
+from service.families.base import Batch, Family, Losses
+from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
+
+_KEYS, _MIXES = 1, 2  # streams of draws: the random keys that samples get at each step, and how they are mixed
+
+
+@dataclass(frozen=True)
+class Length:
+    """Steps of a run and of its parts."""
+
+    steps_per_epoch: int
+    total: int
+    warmup: int
+
+    @staticmethod
+    def of(config: RunConfig, steps_per_epoch: int) -> Length:
+        """Work out a run's steps from its schedule."""
+        schedule = config.schedule
+        total = schedule.length(steps_per_epoch)
+        return Length(steps_per_epoch, total, min(total, round(schedule.warmup_epochs * steps_per_epoch)))
+
+
+@dataclass
+class Trainer:
+    """Everything that a step touches, built in the same way whether a run starts or resumes."""
+
+    config: RunConfig
+    worker: Worker
+    family: Family
+    length: Length
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.module = distribute(self.family, self.worker, config.compute)
+        options = config.optim.model_dump(exclude={"kind", "clip_norm"})
+        self.optimizer = build_optimizer(config.optim.kind, self.family, **options)
+        ema = config.eval.weight_ema
+        self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
+        self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
+        self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping; none where nothing clips
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Encoder that is evaluated and kept: the averaged one if there is one."""
+        return self.family.encoder if self.averaged is None else self.averaged.module
+
+    def step(self, step: int, images: Images, ids: Tensor) -> Losses:
+        """Take optimiser step `step` (from 0) on this rank's slice of the batch.
+
+        Args:
+            step: number of the step.
+            images: uint8, (B, 3, H, W), or (V, B, 3, S, S) of each kind of view where the reader has cut their crops.
+            ids: of the samples, (B,).
+        """
+        set_rates(self.optimizer, self.lr(step), self.weight_decay(step))
+        batch = self._batch(images, ids, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = backward(
+            self.module,
+            self.family,
+            batch,
+            parts=self.config.parallel.accumulate,
+            autocast=partial(self.worker.autocast, self.config.compute.precision),
+            scale=self.scaler.scale,
+        )
+        if self._update():
+            self.family.after_step((step + 1) / self.length.total)
+            if self.averaged is not None:
+                self.averaged.update(self.family.encoder)
+        return losses
+
+    def _update(self) -> bool:
+        """Take the optimiser's step and say whether it was taken: fp16 skips it when a gradient overflows."""
+        self.scaler.unscale_(self.optimizer)
+        if self.config.optim.clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        before = self.scaler.get_scale()  # with the next, all that fp16 waits for the device for
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step."""
+        schedule, lr = self.config.schedule, self.config.optim.lr
+        return warmup_cosine(
+            step,
+            total=self.length.total,
+            warmup=self.length.warmup,
+            lr=lr,
+            start_lr=schedule.start_lr,
+            min_lr=schedule.min_lr,
+        )
+
+    def weight_decay(self, step: int) -> float:
+        """Weight decay of a step, of the components that have no own."""
+        start, end = self.config.optim.weight_decay, self.config.schedule.weight_decay_end
+        return start if end is None else cosine(start, end, step / self.length.total)
+
+    def _batch(self, images: Images, ids: Tensor, step: int) -> Batch:
+        """What the family takes: views, keys and masks of this rank's slice of the global batch."""
+        seed, size, rank = self.config.seed, len(ids), self.worker.rank
+        start, stop = rank * size, (rank + 1) * size
+        kinds = self._views(images, ids, step // self.length.steps_per_epoch)
+        if self.config.data.augment.mixes:
+            mixes = self._mixes(step, range(start, stop), ids.device)
+            kinds = [mix(views, mixes) for views in kinds]
+        views, *local = map(self._format, kinds)
+        keys = hash_torch(key(seed, step, _KEYS), torch.arange(start, stop, device=views.device))
+        masks = self.family.draw_masks(seed, step, start, stop, step / self.length.total)
+        drawn = (None, None) if masks is None else (torch.from_numpy(part).to(views.device) for part in masks)
+        return Batch(views, keys, *drawn, *local)
+
+    def _mixes(self, step: int, positions: range, device: torch.device) -> Mixes:
+        data = self.config.data
+        per_partition = data.batch_size // canonical_partitions(data.partitions, data.batch_size)
+        alphas = {"mixup": data.augment.mixup, "cutmix": data.augment.cutmix}
+        return draw_mixes(key(self.config.seed, _MIXES), step, positions, per_partition, device=device, **alphas)
+
+    def _views(self, images: Images, ids: Tensor, epoch: int) -> list[Tensor]:
+        """Augmented views, (V, B, 3, S, S) of each kind."""
+        kinds = view_kinds(self.config.data, self.family.views)
+        return draw_views(images, ids, kinds, seed=self.config.seed, epoch=epoch)
+
+    def _format(self, views: Tensor) -> Tensor:
+        """Views (V, B, 3, S, S) in the run's number and memory format."""
+        compute = self.config.compute
+        if compute.precision == "fp64":
+            return views.double()
+        if compute.channels_last:  # of the views as one batch, as the family encodes them
+            return views.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, views.shape[:2])
+        return views

@@ -47,10 +47,8 @@ def code_hash(root: Path = _ROOT) -> str:
 
 
 def run_name(config: RunConfig, fingerprint: str, code: str) -> str:
-    """Name that the same recipe, settings, data, initial weights and code always get, wherever these lie."""
-    tree = config.plain()
-    del tree["data"]["uri"], tree["init_from"]
-    identity = json.dumps([tree, fingerprint, code], sort_keys=True)
+    """Name that the same recipe, settings, data, initial weights and code always get, however carried out."""
+    identity = json.dumps([config.identity(), fingerprint, code], sort_keys=True)
     return f"{config.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
 

@@ -777,6 +777,9 @@ class Monitor(Frozen):
         return self
 
 
+_OF_THE_READER = ("uri", "mode", "resident_gb", "cache_gb", "prefetch", "workers")
+
+
 class RunConfig(Frozen):
     """Everything that decides what a run computes."""
 
@@ -798,6 +801,17 @@ class RunConfig(Frozen):
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
     monitor: Monitor = Monitor()  # pyright: ignore[reportCallIssue]
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that decide what is computed: without where things lie and how, and by how many, it is carried out.
+
+        Batch norm that is not synchronised is the exception: its statistics are those of a worker's slice.
+        """
+        tree = self.plain()
+        del tree["init_from"], tree["checkpoint"], tree["compute"]["threads"]
+        tree["parallel"] = {"sync_batchnorm": self.parallel.sync_batchnorm}
+        tree["data"] = {name: value for name, value in tree["data"].items() if name not in _OF_THE_READER}
+        return tree
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Collectives that gradients flow through, over `torch.distributed`; the identity in a single process.
+"""Collectives that gradients flow through, and norms of sharded tensors; the identity in a single process.
 
 Convention: every rank's loss is a term whose mean over ranks is the global loss. The backward passes below
 sum over ranks, DDP then averages parameter gradients, and the result is the gradient of the global loss.
@@ -6,6 +6,7 @@ sum over ranks, DDP then averages parameter gradients, and the result is the gra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,6 +73,42 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Give what this rank holds of each tensor: its shard, or all of it; in-place changes reach the tensor."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether this is a `DTensor`, whose class costs seconds to import."""
+    return hasattr(tensor, "to_local")
+
+
+def shard_group(tensor: Any) -> dist.ProcessGroup | None:
+    """Give the ranks that hold the parts of a tensor, none where each holds all of it."""
+    if not is_sharded(tensor):
+        return None
+    axis = next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
+    return tensor.device_mesh.get_group(axis)
+
+
+@torch.no_grad()
+def norms(parts: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """L2 norm of each tensor, (n,), by one all-reduce over the ranks that hold its parts; equal on all of them."""
+    found = torch.stack(torch._foreach_norm(parts))
+    if group is None:
+        return found
+    squares = found.double().square()
+    dist.all_reduce(squares, group=group)
+    return squares.sqrt().to(found.dtype)
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all tensors together, a scalar, equal on all ranks: all tensors are sharded alike, or none is."""
+    tensors = list(tensors)
+    return torch.linalg.vector_norm(norms(local(tensors), shard_group(tensors[0])))
 
 
 @torch.no_grad()

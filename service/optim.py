@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from service.collectives import is_sharded, local, norms, shard_group
+
 _LAYER = re.compile(r"(?:\w+_)?encoder\.(?:blocks\.(\d+)|layer(\d+)|(patch_embed|pos_embed|conv1|bn1))\b")
 
 
 class _Foreach(Optimizer):
-    """Optimiser of groups of tensors, by multi-tensor kernels and without host synchronisation."""
+    """Optimiser of groups of tensors, by multi-tensor kernels and without host synchronisation.
+
+    A rank updates its shards of sharded parameters; norms alone need the others', all those of a group at once.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -24,10 +29,25 @@ class _Foreach(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(group, params, [p.grad for p in params])
+                self._step_group(group, params)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Any]) -> None:
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
+
+    def _held(self, name: str, params: list[Tensor]) -> list[Tensor]:
+        """What this rank holds of one kind of state of some parameters."""
+        return local(self.state[p][name] for p in params)
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of some parameters' gradients."""
+    return local(p.grad for p in params if p.grad is not None)
+
+
+def _norms_of_both(first: list[Tensor], second: list[Tensor], params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Norms of two tensors for each parameter, (n,) each; this rank holds as much of them as of the parameters."""
+    both = norms([*first, *second], shard_group(params[0]))
+    return both[: len(first)], both[len(first) :]
 
 
 class Lars(_Foreach):
@@ -51,22 +71,22 @@ class Lars(_Foreach):
         defaults |= {"clip_lr": clip_lr, "adapt": True}
         super().__init__(params, defaults)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Any]) -> None:
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        weights, grads = local(params), _gradients(params)
         if group["adapt"]:
-            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            torch._foreach_mul_(grads, self._rates(group, params, grads))
+            grads = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+            torch._foreach_mul_(grads, self._rates(group, *_norms_of_both(weights, grads, params)))
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        velocity = [self.state[p]["momentum"] for p in params]
+        velocity = self._held("momentum", params)
         torch._foreach_mul_(velocity, group["momentum"])
         torch._foreach_add_(velocity, grads)
-        torch._foreach_add_(params, velocity, alpha=-group["lr"])
+        torch._foreach_add_(weights, velocity, alpha=-group["lr"])
 
     @staticmethod
-    def _rates(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Trust ratios, 0-dimensional tensors; 1 where a norm is zero."""
-        weights, slopes = _norms(params), _norms(grads)
+    def _rates(group: dict[str, Any], weights: Tensor, slopes: Tensor) -> list[Tensor]:
+        """Trust ratios of norms (n,), 0-dimensional tensors; 1 where a norm is zero."""
         ratio = group["trust"] * weights / slopes
         if group["clip_lr"]:
             ratio = (ratio / group["lr"]).clamp(max=1.0)
@@ -91,10 +111,11 @@ class Lamb(_Foreach):
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "adapt": True}
         super().__init__(params, defaults)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Any]) -> None:
-        state = [self._advance(p) for p in params]
-        mean, square = ([s[name] for s in state] for name in ("exp_avg", "exp_avg_sq"))
-        (beta1, beta2), steps = group["betas"], [s["step"].item() for s in state]  # on the CPU: nothing waits
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        steps = [self._advance(p) for p in params]
+        weights, grads = local(params), _gradients(params)
+        mean, square = self._held("exp_avg", params), self._held("exp_avg_sq", params)
+        beta1, beta2 = group["betas"]
         torch._foreach_lerp_(mean, grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
@@ -103,25 +124,21 @@ class Lamb(_Foreach):
         torch._foreach_add_(scale, group["eps"])
         update = torch._foreach_div(mean, [1 - beta1**step for step in steps])
         torch._foreach_div_(update, scale)
-        torch._foreach_add_(update, params, alpha=group["weight_decay"])
+        torch._foreach_add_(update, weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            weights, changes = _norms(params), _norms(update)
-            ratio = torch.where((weights > 0) & (changes > 0), weights / changes, 1.0)
+            sizes, changes = _norms_of_both(weights, update, params)
+            ratio = torch.where((sizes > 0) & (changes > 0), sizes / changes, 1.0)
             torch._foreach_mul_(update, list(ratio.unbind()))
-        torch._foreach_add_(params, update, alpha=-group["lr"])
+        torch._foreach_add_(weights, update, alpha=-group["lr"])
 
-    def _advance(self, p: Tensor) -> dict[str, Tensor]:
-        """State of a parameter, with one more step counted."""
+    def _advance(self, p: Tensor) -> float:
+        """Count one more step of a parameter, on the CPU, where nothing waits."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
-        return state
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors))
+        return state["step"].item()
 
 
 _KINDS: dict[str, Callable[..., Optimizer]] = {"lars": Lars, "lamb": Lamb, "sgd": SGD, "adam": Adam, "adamw": AdamW}
@@ -198,10 +215,14 @@ def build_optimizer(
     layer_decay: float = 1.0,
     **options: Any,
 ) -> Optimizer:
-    """Build `lars`, `lamb`, `sgd`, `adam` or `adamw`, the latter three torch's fused ones, over `param_groups`."""
+    """Build `lars`, `lamb`, `sgd`, `adam` or `adamw` over `param_groups`; torch's fused kernels where there are."""
     groups = param_groups(module, weight_decay=weight_decay, weight_decay_of=weight_decay_of, layer_decay=layer_decay)
-    fused = {} if kind in ("lars", "lamb") else {"fused": True}
-    return _KINDS[kind](groups, lr, **fused, **options)
+    sharded = any(is_sharded(p) for group in groups for p in group["params"])
+    if kind == "sgd" and sharded:  # torch fuses it for whole tensors only
+        options["foreach"] = True
+    elif kind not in ("lars", "lamb"):
+        options["fused"] = True
+    return _KINDS[kind](groups, lr, **options)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, lr: float, start_lr: float, min_lr: float) -> float:

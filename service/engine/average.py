@@ -7,6 +7,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from service.collectives import local
+
 
 class WeightAverage(nn.Module):
     """A copy that follows a module: w̄ ← m·w̄ + (1 − m)·w, from the weights it had when the copy was made.
@@ -31,4 +33,4 @@ class WeightAverage(nn.Module):
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+    return [tensor.detach() for tensor in local((*module.parameters(), *module.buffers()))]

@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from service.collectives import all_reduce_sum
+from service.collectives import all_reduce_sum, total_norm
 from service.config import RunConfig
 from service.evaluate import quality
 from service.precision import at_least_fp32
@@ -64,14 +64,14 @@ class Monitor:
         return chosen
 
     @torch.no_grad()
-    def read(self, module: nn.Module, grad_norm: Tensor | None) -> Row:
+    def read(self, module: nn.Module, grad_norm: Tensor) -> Row:
         """Measure what was collected; all ranks take part and get the same.
 
         A window that a restart has cut short measures nothing: rank grows with the number of rows.
 
         Args:
-            module: whose parameters' gradients and weights are measured too.
-            grad_norm: global norm of the gradient before it was clipped; None to take the gradients as they are.
+            module: whose trained weights are measured too.
+            grad_norm: global norm of the gradient before it was clipped.
         """
         window, self._window = self._window, defaultdict(list)
         row: Row = {}
@@ -79,8 +79,6 @@ class Monitor:
             if len(parts) == self._steps:
                 x_VND = all_reduce_sum(torch.cat(parts, 1))
                 row |= {f"monitor/{name}/{metric}": value for metric, value in quality.report(x_VND).items()}
-        trained = [p for p in module.parameters() if p.requires_grad]
-        if grad_norm is None:
-            grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        norms = torch.stack([grad_norm.double(), nn.utils.get_total_norm(trained).double()])
+        weight_norm = total_norm(p for p in module.parameters() if p.requires_grad)
+        norms = torch.stack([grad_norm.double(), weight_norm.double()])
         return row | dict(zip(("monitor/grad_norm", "monitor/weight_norm"), norms.tolist(), strict=True))

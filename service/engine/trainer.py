@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from service.collectives import local, total_norm
 from service.config import RunConfig, canonical_partitions
 from service.data.augment import draw_views, view_kinds
 from service.data.draws import hash_torch, key
@@ -57,7 +58,7 @@ class Trainer:
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
         self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
-        self.grad_norm: Tensor | None = None  # of the last step, before clipping; none where nothing clips
+        self.grad_norm = torch.zeros((), device=self.worker.device)  # of the last step, before clipping
 
     @property
     def evaluated(self) -> nn.Module:
@@ -92,8 +93,10 @@ class Trainer:
     def _update(self) -> bool:
         """Take the optimiser's step and say whether it was taken: fp16 skips it when a gradient overflows."""
         self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self.grad_norm = total_norm(gradients)
         if self.config.optim.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_norm)
+            torch._foreach_mul_(local(gradients), (self.config.optim.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1))
         self.scaler.step(self.optimizer)
         before = self.scaler.get_scale()  # with the next, all that fp16 waits for the device for
         self.scaler.update()

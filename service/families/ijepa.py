@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.collectives import local
 from service.config import IJepa, Jepa, Momentum, ViewLoss
 from service.families.base import Batch, Embedded, Family, Losses
 from service.families.image_vicreg import LOSSES as VIEW_LOSSES
@@ -220,4 +221,4 @@ def follow(average: nn.Module, module: nn.Module, tau: float) -> None:
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return [t.detach() for t in local((*module.parameters(), *module.buffers())) if t.is_floating_point()]

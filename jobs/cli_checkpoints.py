@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,8 @@ def list_(uri: str, as_json: bool) -> None:
     from service.engine import checkpoint
 
     store = _open(uri)
-    markers = {folder: checkpoint.read_marker(store, folder) for folder in checkpoint.committed(store)}
-    torn = checkpoint.torn(store)
+    committed, torn = checkpoint.listed(store)
+    markers = {folder: checkpoint.read_marker(store, folder) for folder in committed}
     if as_json:
         rows = [{name: value for name, value in marker.items() if name != "config"} for marker in markers.values()]
         emit({"uri": store.uri, "committed": rows, "torn": torn})
@@ -75,10 +74,10 @@ def verify(uri: str, as_json: bool) -> None:
 @as_json
 def export(uri: str, out: Path, step: int | None, as_json: bool) -> None:
     """Write a checkpoint's encoder as safetensors, with its config and preprocessing."""
-    from service.engine.checkpoint import committed
+    from service.engine.checkpoint import committed, step_and_lease
 
     store = _open(uri)
-    folders = {int(folder.split("-")[1]): folder for folder in committed(store)}
+    folders = {step_and_lease(folder)[0]: folder for folder in committed(store)}
     if not folders:
         raise UserError(f"{store.uri} holds no committed checkpoint")
     chosen = max(folders) if step is None else step
@@ -96,32 +95,29 @@ def export(uri: str, out: Path, step: int | None, as_json: bool) -> None:
 def _open(uri: str) -> Store:
     """Storage of a run's checkpoints, given its address or that of the run."""
     from service.data.store import Store
-    from service.engine.checkpoint import committed, torn
+    from service.engine.checkpoint import listed
 
     stack_environment()
     for store in (Store(uri).sub("checkpoints"), Store(uri)):
-        if committed(store) or torn(store):
+        if any(listed(store)):
             return store
     raise UserError(f"{uri} holds no checkpoints: give the folder or address of one run")
 
 
 def _export(store: Store, folder: str, out: Path) -> None:
-    from service.config import RunConfig
     from service.data.store import Store as Written
     from service.engine.average import WeightAverage
-    from service.engine.checkpoint import Damaged, fetch, read
+    from service.engine.checkpoint import Damaged, config_of, read, read_marker
     from service.export import write_encoder
     from service.families import build_family
 
-    with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
-        try:
-            marker = fetch(store, folder, Path(local))
-        except Damaged as error:
-            raise UserError(f"{error}: choose another with --step, `tessera checkpoints verify` tells which") from error
-        config = RunConfig.model_validate(marker["config"])
-        family = build_family(config.model_copy(update={"init_from": None}))
-        ema = config.eval.weight_ema
-        averaged = None if ema is None else WeightAverage(family.encoder, ema)
-        state = {"model": family.state_dict(), "averaged": {} if averaged is None else averaged.state_dict()}
-        read(Path(local), state)  # into the modules' own tensors
+    config = config_of(read_marker(store, folder))
+    family = build_family(config.model_copy(update={"init_from": None}))
+    ema = config.eval.weight_ema
+    averaged = None if ema is None else WeightAverage(family.encoder, ema)
+    state = {"model": family.state_dict(), "averaged": {} if averaged is None else averaged.state_dict()}
+    try:
+        read(store, folder, state)  # into the modules' own tensors
+    except Damaged as error:
+        raise UserError(f"{error}: choose another with --step, `tessera checkpoints verify` tells which") from error
     write_encoder(Written(out), family.encoder if averaged is None else averaged.module, config)

@@ -6,14 +6,16 @@ sum over ranks, DDP then averages parameter gradients, and the result is the gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -73,6 +75,40 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """Make a gloo group of all ranks, for objects and for a thread of its own; None for one process. Collective."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    dist.barrier(group)  # connect now: who dies before the first collective would be waited for without end
+    return group
+
+
+def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Call on rank 0 alone; every rank of `group` gets what it returned, or raises what it raised."""
+    if group is None:
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # noqa: BLE001  (it is raised below)
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Give every rank of `group` what each of them passed, by rank: small objects that can be pickled."""
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -741,6 +741,10 @@ class Checkpoint(Frozen):
     patience_minutes: NonNegative = Field(
         10.0, description="how long storage may be away or full before the run stops; it trains on meanwhile"
     )
+    on_stop: bool = Field(True, description="write a checkpoint when the run is asked to stop")
+    allow_changes: tuple[str, ...] = Field(
+        (), description="settings, such as optim.lr or schedule, that may differ from those of the resumed checkpoint"
+    )
     snapshot_every: Interval | None = Field(None, description="keep the encoder's weights this often")
 
 
@@ -878,6 +882,20 @@ class RunConfig(Frozen):
     def plain(self) -> dict[str, Any]:
         """Return the whole tree as JSON-ready plain values, every default written out."""
         return self.model_dump(mode="json")
+
+
+def changed_settings(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted settings of what is computed in which two configs differ, with both values; runs' names do not count."""
+    before, after = (_dotted(config.identity()) for config in (then, now))
+    names = sorted((before.keys() | after.keys()) - {"name", "repeat"})
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _check_slices(config: RunConfig) -> None:

@@ -1,45 +1,58 @@
 """Full training state in the run's storage: written in the background, committed by a marker that is written last.
 
-    checkpoints/step-00000120-lease-0001/<files of torch.distributed.checkpoint>
+    checkpoints/step-00000120-lease-0001/1a2b3c4d__0_0.distcp    files of torch.distributed.checkpoint, one a rank
+    checkpoints/step-00000120-lease-0001/1a2b3c4d.metadata
     checkpoints/step-00000120-lease-0001/COMMIT.json    what `_marker` puts there, with the SHA-256 of every file
 
-A folder without its marker is a torn write and is never read; drivers of different leases never share a folder. The
-metadata of `torch.distributed.checkpoint` is a pickle: it is read from the run's own storage only, after its checksum
-held. Under DDP all ranks hold the same state and no generator needs saving, so rank 0 writes for all.
+A folder without its marker is a torn write and is never read; drivers of different leases never share a folder, and
+two attempts at one checkpoint never a file. Metadata and plain values are pickles: they are read from the run's own
+storage only, after their checksum held. Sharded state is written by all ranks, each its own shards; under DDP all ranks
+hold the same, and rank 0 writes for all. Any number of ranks reads either, sharded or not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from datasets_prep.errors import UserError
-from service.collectives import from_rank_0, rank
-from service.config import RunConfig
+from service.collectives import gather_objects, is_sharded, local, on_rank_0, own_group, rank
+from service.config import RunConfig, changed_settings
 from service.data.store import NotFound, Store, StoreUnavailable
 
 MARKER = "COMMIT.json"
 FORMAT = 2  # of markers; of another format nothing is read
+_METADATA = ".metadata"  # as torch.distributed.checkpoint names it
 _RETRY_SECONDS = 2.0  # between tries to write a checkpoint
+_AWAY = (StoreUnavailable, OSError)  # what storage that is away or full raises
 log = logging.getLogger(__name__)
 
 
@@ -56,8 +69,15 @@ class TrainingState:
     averaged: nn.Module | None
     scaler: GradScaler
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the state only."""
+        return any(map(is_sharded, self.module.parameters()))
+
     def plain(self) -> dict[str, Any]:
         """Nested dictionaries of the live tensors, with names that no wrapper changes."""
+        if not self.optimizer.state:  # else gradients would keep it from being filled in
+            self.optimizer.zero_grad(set_to_none=True)
         model, optimizer = get_state_dict(self.module, self.optimizer)
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
         return {"model": model, "optimizer": optimizer, "averaged": averaged, "scaler": self.scaler.state_dict()}
@@ -72,15 +92,25 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
 
 
+def listed(store: Store) -> tuple[list[str], list[str]]:
+    """Folders below a run's `checkpoints/`, ascending by step and lease: committed ones, and torn ones.
+
+    Torn are those that were never committed, or whose removal was cut short.
+    """
+    names = store.list()
+    done = {name.removesuffix(f"/{MARKER}") for name in names if name.endswith(f"/{MARKER}")}
+    return sorted(done), sorted({name.split("/")[0] for name in names if name.startswith("step-")} - done)
+
+
 def committed(store: Store) -> list[str]:
     """Folders of the committed checkpoints below a run's `checkpoints/`, by step and lease, ascending."""
-    return sorted(name.removesuffix(f"/{MARKER}") for name in store.list() if name.endswith(f"/{MARKER}"))
+    return listed(store)[0]
 
 
-def torn(store: Store) -> list[str]:
-    """Folders of checkpoints that were never committed, or whose removal was cut short."""
-    folders = {name.split("/")[0] for name in store.list() if name.startswith("step-")}
-    return sorted(folders - set(committed(store)))
+def step_and_lease(folder: str) -> tuple[int, int]:
+    """Step of a checkpoint and lease epoch of its writer, by the name of its folder."""
+    _, step, _, lease = folder.split("-")
+    return int(step), int(lease)
 
 
 def read_marker(store: Store, folder: str) -> dict[str, Any]:
@@ -95,52 +125,199 @@ def read_marker(store: Store, folder: str) -> dict[str, Any]:
     return marker
 
 
-def fetch(store: Store, folder: str, local: Path) -> dict[str, Any]:
-    """Copy a checkpoint's files into a local folder, each checked against the marker, which is returned.
+def config_of(marker: dict[str, Any]) -> RunConfig:
+    """Config of the run that wrote a checkpoint; refuses one that this version does not understand."""
+    try:
+        return RunConfig.model_validate(marker["config"])
+    except ValidationError as error:
+        raise UserError(
+            f"the checkpoint of step {marker['step']} has a config that this version cannot read: {error}; "
+            "use the version that began the run"
+        ) from error
+
+
+def check_changes(marker: dict[str, Any], config: RunConfig) -> bool:
+    """Say whether a run's config differs from a checkpoint's in what is computed.
 
     Raises:
-        Damaged: a file is missing or has another checksum.
+        UserError: where `checkpoint.allow_changes` does not name the setting.
     """
-    marker = read_marker(store, folder)
-    for name, expected in marker["files"].items():
-        path = local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(path, "wb") as file:
-                file.writelines(store.stream(f"{folder}/{name}"))
-        except NotFound as error:
-            raise Damaged(str(error)) from error
-        if _sha256(path) != expected["sha256"]:
-            raise Damaged(f"{store.uri}/{folder}/{name} differs from its checksum in {MARKER}")
-    return marker
+    changed, allowed = changed_settings(config_of(marker), config), config.checkpoint.allow_changes
+    refused = {
+        name: values
+        for name, values in changed.items()
+        if not any(f"{name}.".startswith(f"{each}.") for each in allowed)
+    }
+    if refused:
+        what = ", ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in refused.items())
+        raise UserError(
+            f"the checkpoint of step {marker['step']} is of another config: {what}; set them back, start another run, "
+            f"or allow it: checkpoint.allow_changes=[{', '.join([*allowed, *refused])}]"
+        )
+    return bool(changed)
 
 
 def faults(store: Store, folder: str) -> list[str]:
     """Read every file of a committed checkpoint, and say which are missing or differ from what was written."""
     found: list[str] = []
     for name, expected in read_marker(store, folder)["files"].items():
-        digest, size = hashlib.sha256(), 0
         try:
-            for chunk in store.stream(f"{folder}/{name}"):
-                digest.update(chunk)
-                size += len(chunk)
-        except NotFound:
-            found.append(f"{folder}/{name} is missing")
-            continue
-        if digest.hexdigest() != expected["sha256"]:
-            found.append(f"{folder}/{name} has {size:,} bytes that are not the {expected['bytes']:,} written")
+            for _ in _checked(store, f"{folder}/{name}", expected):
+                pass
+        except Damaged as error:
+            found.append(str(error))
     return found
 
 
-def read(local: Path, into: dict[str, Any]) -> None:
-    """Fill nested state from a fetched checkpoint, which may hold more."""
-    with _one_process():
-        dcp.load(into, storage_reader=dcp.FileSystemReader(local), no_dist=True)
+def read(store: Store, folder: str, into: dict[str, Any], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Fill nested state from a committed checkpoint, which may hold more; returns its marker.
+
+    Collective in `group`; without one, a single process reads on its own.
+
+    Raises:
+        Damaged: a file that some rank reads is missing or has another checksum; all ranks raise it alike.
+    """
+    marker, metadata = on_rank_0(partial(_open, store, folder), group)
+    _read(store, folder, marker, metadata, into, group)
+    return marker
 
 
-def _step_and_lease(folder: str) -> tuple[int, int]:
-    _, step, _, lease = folder.split("-")
-    return int(step), int(lease)
+def _open(store: Store, folder: str) -> tuple[dict[str, Any], bytes]:
+    """Marker and metadata of a checkpoint."""
+    marker = read_marker(store, folder)
+    name = _metadata_name(marker)
+    return marker, b"".join(_checked(store, f"{folder}/{name}", marker["files"][name]))
+
+
+def _metadata_name(marker: dict[str, Any]) -> str:
+    return next(name for name in marker["files"] if name.endswith(_METADATA))
+
+
+def _read(
+    store: Store,
+    folder: str,
+    marker: dict[str, Any],
+    metadata: bytes,
+    into: dict[str, Any],
+    group: dist.ProcessGroup | None,
+) -> None:
+    prefix = f"{folder}/{_metadata_name(marker).removesuffix(_METADATA)}"
+    expected = {f"{folder}/{name}": described for name, described in marker["files"].items()}
+    reader = dcp.FileSystemReader(".")
+    reader.fs = _Files(store, prefix, expected, metadata)  # pyright: ignore[reportAttributeAccessIssue]
+    with _unwrapped():
+        dcp.load(into, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def _checked(store: Store, name: str, expected: dict[str, Any]) -> Iterator[bytes]:
+    """Yield a file's bytes in order; raises `Damaged` at the end when they are not those that were written."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for chunk in store.stream(name):
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+    except NotFound as error:
+        raise Damaged(f"{name} is missing") from error
+    if digest.hexdigest() != expected["sha256"]:
+        raise Damaged(f"{name} has {size:,} bytes that are not the {expected['bytes']:,} written")
+
+
+class _Files(FileSystemBase):
+    """Files of one checkpoint in a store, as `torch.distributed.checkpoint` wants them; each is whole or not there.
+
+    Args:
+        store: the run's `checkpoints/`.
+        prefix: of the files' names.
+        expected: size and checksum of the files that may be read, by name; the files written add theirs.
+        metadata: what is read as metadata.
+    """
+
+    def __init__(
+        self, store: Store, prefix: str, expected: dict[str, Any] | None = None, metadata: bytes = b""
+    ) -> None:
+        self.store, self.prefix, self.described, self._metadata = store, prefix, expected or {}, metadata
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase]:
+        """Open a file to read once its checksum held, or to write; stored when it is closed without an error."""
+        if mode == "rb" and str(path) == _METADATA:
+            yield io.BytesIO(self._metadata)
+            return
+        name = f"{self.prefix}{path}".removesuffix(".tmp")
+        with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as folder:
+            local = Path(folder) / "file"
+            if mode == "rb":
+                with open(local, "wb") as file:
+                    file.writelines(_checked(self.store, name, self.described[name]))
+            with open(local, mode) as stream:
+                yield cast(io.IOBase, stream)
+            if mode == "wb":
+                self.described[name] = {"sha256": _sha256(local), "bytes": local.stat().st_size}
+                self.store.put(name, local)
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        """Name of a file; all lie in one folder."""
+        return suffix
+
+    def init_path(self, path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+        """Nothing: a store needs no folder."""
+        return path
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Nothing: a store needs no folder."""
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Nothing: what is stored has its last name already."""
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """Nothing: no attempt shares a file with another."""
+        return False
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        """Nothing: `Checkpoints` removes whole folders."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any name will do."""
+        return True
+
+
+class _Staging:
+    """A copy of the state on the CPU, so that training may go on while it is written; its memory is used again."""
+
+    def __init__(self) -> None:
+        self._structure: Any = None
+        self._kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Copy nested state, of sharded tensors the own shard; returns what waits for the copy and gives it.
+
+        On a GPU the copy is queued before the next step's changes, and the training thread does not wait for it.
+        """
+        leaves, structure = pytree.tree_flatten(state)
+        if structure != self._structure:
+            self._structure = structure
+            self._kept = {n: _buffer(leaf) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        live = [leaves[n] for n in self._kept]
+        torch._foreach_copy_(local(self._kept.values()), local(live), non_blocking=True)
+        copied = torch.cuda.Event() if any(each.is_cuda for each in live) else None
+        if copied is not None:
+            copied.record()
+        staged = pytree.tree_unflatten([self._kept.get(n, leaf) for n, leaf in enumerate(leaves)], structure)
+
+        def ready() -> dict[str, Any]:
+            if copied is not None:
+                copied.synchronize()
+            return staged
+
+        return ready
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.pin_memory() if tensor.is_cuda and not is_sharded(tensor) else copy
 
 
 @dataclass
@@ -163,48 +340,67 @@ class Checkpoints:
     lease_epoch: int
     score: float | None = None  # of the last validation probe, in percent; `restore` takes it over
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _group: dist.ProcessGroup | None = field(default_factory=own_group)
+    _staging: _Staging = field(default_factory=_Staging)
     _pending: Future[None] | None = None
     _superseded: Event = field(default_factory=Event)
     _failing_since: float | None = None
 
     def save(self, step: int, state: TrainingState) -> None:
-        """Copy the state and write it in the background; waits for the write before this one.
+        """Copy the state and write it in the background; waits for the write before this one. All ranks call it.
 
         While storage is away or full a write is tried again until the next save supersedes it. Raises what any other
-        failure raised, and storage's own once it has failed for `checkpoint.patience_minutes`.
+        failure raised, and storage's own once it has failed for `checkpoint.patience_minutes`; where each rank writes
+        its shards, all ranks alike.
         """
         self._superseded.set()
         self.wait()
         self._superseded.clear()
-        self._pending = self._writer.submit(self._try, step, _copy(state.plain()), self._marker(step))
+        if state.sharded or rank() == 0:
+            group = self._group if state.sharded else None
+            staged = self._staging(state.plain())
+            self._pending = self._writer.submit(self._try, step, staged, self._marker(step), group)
 
     def wait(self) -> None:
-        """Wait until the pending write is committed; raises what it raised."""
+        """Wait until this rank's pending write is committed; raises what it raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def settle(self) -> None:
+        """Wait until the pending write of every rank is committed. All ranks call it."""
+        self.wait()
+        gather_objects(None, self._group)
 
     def end(self) -> None:
         """Try no write again, so that a process that fails ends at once."""
         self._superseded.set()
 
-    def _try(self, step: int, state: dict[str, Any], marker: dict[str, Any]) -> None:
+    def _try(
+        self,
+        step: int,
+        staged: Callable[[], dict[str, Any]],
+        marker: dict[str, Any],
+        group: dist.ProcessGroup | None,
+    ) -> None:
         told = False
         while True:
             try:
-                self._write(step, state, marker)
-            except (StoreUnavailable, OSError) as error:
+                self._write(step, staged(), marker, group)
+            except _AWAY as error:
                 now = time.monotonic()
                 self._failing_since = self._failing_since or now
-                if now - self._failing_since >= 60 * self.config.checkpoint.patience_minutes:
-                    raise
-                if not told:
+                expired = now - self._failing_since >= 60 * self.config.checkpoint.patience_minutes
+                if not told and rank() == 0:
                     log.warning("the checkpoint of step %d is not written yet: %s", step, error)
                 told = True
+                ended = gather_objects((expired, expired or self._superseded.wait(_RETRY_SECONDS)), group)
+                if any(expired for expired, _ in ended):
+                    raise
+                if any(superseded for _, superseded in ended):
+                    return
             else:
                 self._failing_since = None
-                return
-            if self._superseded.wait(_RETRY_SECONDS):
                 return
 
     def _marker(self, step: int) -> dict[str, Any]:
@@ -218,40 +414,53 @@ class Checkpoints:
             "config": self.config.plain(),
         }
 
-    def _write(self, step: int, state: dict[str, Any], marker: dict[str, Any]) -> None:
-        self.before_write()
+    def _write(self, step: int, state: dict[str, Any], marker: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         folder = f"step-{step:08d}-lease-{self.lease_epoch:04d}"
+        attempt = on_rank_0(self._begin, group)
         try:
-            self._write_files(folder, state, marker)
-        except (StoreUnavailable, OSError):
-            with suppress(UserError):  # or a torn folder would keep the place that the next one needs
-                self._remove(folder)
+            written = self._write_files(f"{folder}/{attempt}", state, group)
+            on_rank_0(partial(self._commit, folder, marker, written), group)
+        except _AWAY:
+            if rank() == 0:
+                with suppress(UserError):  # or a torn folder would keep the place that the next one needs
+                    self._remove(folder)
             raise
-        self._prune(step)
+        if rank() == 0:
+            self._prune(step)
 
-    def _write_files(self, folder: str, state: dict[str, Any], marker: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
-            with _one_process():
-                dcp.save(state, storage_writer=dcp.FileSystemWriter(local, sync_files=False), no_dist=True)
-            files = {p.relative_to(local).as_posix(): p for p in sorted(Path(local).rglob("*")) if p.is_file()}
-            described = {name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for name, p in files.items()}
-            for name, path in files.items():
-                self.store.put(f"{folder}/{name}", path)
+    def _begin(self) -> str:
         self.before_write()
+        return uuid4().hex[:8]
+
+    def _write_files(self, prefix: str, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+        """Store this rank's files; returns size and checksum of all ranks'."""
+        files = _Files(self.store, prefix)
+        writer = dcp.FileSystemWriter(".", sync_files=False)
+        writer.fs = files  # pyright: ignore[reportAttributeAccessIssue]
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # of what all ranks hold, rank 0's counts
+        with _unwrapped():
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+        return {name: described for each in gather_objects(files.described, group) for name, described in each.items()}
+
+    def _commit(self, folder: str, marker: dict[str, Any], written: dict[str, Any]) -> None:
+        self.before_write()
+        described = {name.removeprefix(f"{folder}/"): written[name] for name in sorted(written)}
         self.store.put(f"{folder}/{MARKER}", json.dumps(marker | {"files": described}, indent=1).encode())
 
     def _prune(self, step: int) -> None:
         """Remove checkpoints that need not stay, and what killed writers left; the newest always stays."""
-        folders, keep = committed(self.store), self.config.checkpoint
+        (folders, torn), keep = listed(self.store), self.config.checkpoint
         staying = {*folders[-keep.keep_last :]}
         if keep.keep_best:
             scores = {folder: read_marker(self.store, folder)["val_linear"] for folder in folders}
             rated = [folder for folder in folders if scores[folder] is not None]
             staying |= {*sorted(rated, key=lambda folder: scores[folder])[-keep.keep_best :]}
-        # Of an older lease nothing is written any more, and of this one nothing below this step.
-        orphans = [f for f in torn(self.store) if _step_and_lease(f)[::-1] < (self.lease_epoch, step)]
-        for old in [*(folder for folder in folders if folder not in staying), *orphans]:
+        for old in [*(folder for folder in folders if folder not in staying), *self._orphans(torn, step)]:
             self._remove(old)
+
+    def _orphans(self, torn: list[str], step: int) -> list[str]:
+        """Torn folders that nobody writes to any more: of older leases, and of this one below `step`."""
+        return [folder for folder in torn if step_and_lease(folder)[::-1] < (self.lease_epoch, step)]
 
     def _remove(self, folder: str) -> None:
         self.store.delete(f"{folder}/{MARKER}")  # first, so that a torn removal is no checkpoint
@@ -260,37 +469,56 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
-        return [_step_and_lease(folder)[0] for folder in committed(self.store)]
+        return [step_and_lease(folder)[0] for folder in committed(self.store)]
 
     def newest_step(self) -> int:
         """Step of the newest committed checkpoint, 0 when there is none."""
         return max(self.steps(), default=0)
 
     def restore(self, state: TrainingState) -> int:
-        """Load the newest sound checkpoint into `state`, one for all ranks; returns its step, 0 if there is none."""
-        folder = from_rank_0(self._restore_newest(state) if rank() == 0 else None)
-        if folder is None:
-            return 0
-        if rank() != 0:
-            self._load(folder, state)
-        return _step_and_lease(folder)[0]
+        """Load the newest sound checkpoint into `state`, the same on all ranks; returns its step, 0 if there is none.
 
-    def _restore_newest(self, state: TrainingState) -> str | None:
-        for folder in reversed(committed(self.store)):
+        All ranks call it, whatever number of them wrote it. What older drivers left torn is removed.
+
+        Raises:
+            UserError: the checkpoint is of another format, or of a config that differs otherwise than
+                `checkpoint.allow_changes` admits.
+        """
+        for folder in on_rank_0(self._open_newest, self._group):
             try:
                 self._load(folder, state)
-                return folder
+                return step_and_lease(folder)[0]
             except Damaged as error:
-                log.warning("checkpoint %s is unusable (%s): removed, falling back to the one before", folder, error)
-                self._remove(folder)  # or it would count among the newest, and push sound ones out
-        return None
+                if rank() == 0:
+                    log.warning(
+                        "checkpoint %s is unusable (%s): removed, falling back to the one before", folder, error
+                    )
+                # or it would count among the newest, and push sound ones out
+                on_rank_0(partial(self._remove, folder), self._group)
+        return 0
+
+    def _open_newest(self) -> Sequence[str]:
+        """Committed checkpoints, newest first, after the leavings of older leases are gone."""
+        folders, torn = listed(self.store)
+        for folder in self._orphans(torn, 0):
+            self._remove(folder)
+        if self.lease_epoch > 1:
+            self.store.sweep()
+        return folders[::-1]
 
     def _load(self, folder: str, state: TrainingState) -> None:
-        with tempfile.TemporaryDirectory(prefix="tessera-checkpoint-") as local:
-            marker = fetch(self.store, folder, Path(local))
-            loaded = state.plain()
-            read(Path(local), loaded)
-            state.restore(loaded)
+        marker, metadata = on_rank_0(partial(_open, self.store, folder), self._group)
+        changed = check_changes(marker, self.config)
+        loaded = state.plain()
+        try:
+            _read(self.store, folder, marker, metadata, loaded, self._group)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, Damaged) or not changed:
+                raise
+            raise UserError(
+                f"checkpoint {folder} does not fit the changed config ({error}): start another run"
+            ) from error
+        state.restore(loaded)
         self.score = marker["val_linear"]
         self._compare(marker["environment"])
 
@@ -302,25 +530,15 @@ class Checkpoints:
 
 
 @contextmanager
-def _one_process() -> Generator[None]:
-    """Silence the note that `no_dist=True` does what it says, and raise what failed instead of its wrapper."""
+def _unwrapped() -> Generator[None]:
+    """Raise what failed in some rank instead of its wrapper, alike on all ranks; what no retry can mend comes first."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist=True does what it says
         try:
             yield
         except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
-
-
-def _copy(value: Any) -> Any:
-    """Copy nested state to the CPU, so that training may go on while it is written."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {name: _copy(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
-    return value
+            failures = [failure for failure, _ in error.failures.values()]
+            raise next((each for each in failures if not isinstance(each, _AWAY)), failures[0]) from error
 
 
 def _sha256(path: Path) -> str:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from service.collectives import from_rank_0, mean_over_ranks, world_size
+from service.collectives import from_rank_0, mean_over_ranks, total_norm, world_size
 from service.config import RunConfig, parse_interval
 from service.data.batches import open_batches
 from service.data.resident import ResidentBatches
@@ -26,6 +25,7 @@ from service.data.store import Store
 from service.data.stream import StreamBatches
 from service.engine.alarms import Alarms
 from service.engine.checkpoint import Checkpoints
+from service.engine.control import Control
 from service.engine.lease import check_lease
 from service.engine.monitor import Monitor
 from service.engine.trainer import Length, Trainer
@@ -43,6 +43,10 @@ RowSink = Callable[[int, Row], None]
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop; the message says what the run goes on from."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ class Every:
         self._last = time.monotonic()
 
     def __call__(self, step: int) -> bool:
-        """Say whether it is due after `step` steps; steps and epochs count from 0, minutes from the last time."""
-        if self.steps < math.inf:
-            return step % int(self.steps) == 0
+        """Say whether it is due after `step` steps, which and epochs count from 0; an interval in minutes never is."""
+        return self.steps < math.inf and step % int(self.steps) == 0
+
+    def elapsed(self) -> bool:
+        """Say whether an interval in minutes has passed since the last time, by this process's clock."""
         if time.monotonic() - self._last < self.seconds:
             return False
         self._last = time.monotonic()
@@ -81,7 +87,11 @@ class Every:
 
 
 def train(
-    config: RunConfig, run: Run, rows: RowSink | None = None, flush: Callable[[], object] = lambda: None
+    config: RunConfig,
+    run: Run,
+    rows: RowSink | None = None,
+    flush: Callable[[], object] = lambda: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, resume if the run has a checkpoint, evaluate and keep the encoder.
 
@@ -91,9 +101,14 @@ def train(
         rows: takes rank 0's metric rows.
         flush: stores the rows taken so far; called before a checkpoint is written, so that a resumed run's curves have
             no gap.
+        stop_requested: asked after each step on every rank; when one says yes, all stop at the same step.
 
     Returns:
         The result that `result.json` holds: steps, scores, seconds.
+
+    Raises:
+        Interrupted: `stop_requested` said yes; with `checkpoint.on_stop` the steps taken are committed.
+        TrainingFailed: training cannot go on.
     """
     worker = start_worker(config.compute)
     data_store = Store(config.data.uri)
@@ -125,7 +140,7 @@ def train(
     report = Report(trainer, start, checkpoints, run, rows or (lambda step, row: None))
     began = time.monotonic()
     try:
-        _steps(trainer, batches, start, checkpoints, protocol, run, report)
+        _steps(trainer, batches, start, checkpoints, protocol, run, report, stop_requested)
         checkpoints.wait()
     finally:
         checkpoints.end()
@@ -156,6 +171,7 @@ def _steps(
     protocol: Protocol,
     run: Run,
     report: Report,
+    stop_requested: Callable[[], bool],
 ) -> None:
     """Take the run's remaining steps; log, measure, evaluate, checkpoint and keep snapshots as the config says."""
     config, length, rank = trainer.config, trainer.length, trainer.worker.rank
@@ -170,6 +186,7 @@ def _steps(
         )
     )
     monitor = Monitor(config, rank, trainer.worker.world, monitor_due.steps, length.total)
+    control = Control("save", "snapshot", "stop")
     meter = Meter(start, length, config.data.batch_size)
     for step, (images, ids) in enumerate(batches.iterate(start, length.total, rank, trainer.worker.world), start):
         losses = trainer.step(step, images, ids)
@@ -192,12 +209,29 @@ def _steps(
             row = protocol.validation(trainer.evaluated)
             checkpoints.score = row["val_linear"]
             report(done, row)
-        if rank == 0 and (save_due(done) or last):
-            _check_finite(nn.utils.get_total_norm(trainer.module.parameters()).item(), done, checkpoints)
+        agreed = control(
+            save=rank == 0 and save_due.elapsed(),
+            snapshot=rank == 0 and snapshot_due.elapsed(),
+            stop=stop_requested(),
+        )
+        stopping = "stop" in agreed
+        if save_due(done) or "save" in agreed or last or (stopping and config.checkpoint.on_stop):
+            _check_finite(total_norm(trainer.module.parameters()).item(), done, checkpoints)
             checkpoints.save(done, trainer.state)
-        if rank == 0 and snapshot_due(done):
-            run.fence()
-            run.store.put(f"snapshots/step-{done:08d}.safetensors", weights(trainer.evaluated))
+        if snapshot_due(done) or "snapshot" in agreed:
+            _keep_snapshot(trainer, run, done)
+        if stopping:
+            checkpoints.settle()
+            raise Interrupted(
+                f"stopped after step {done} of {length.total}; the same command goes on from its checkpoint"
+            )
+
+
+def _keep_snapshot(trainer: Trainer, run: Run, done: int) -> None:
+    evaluated = trainer.evaluated
+    if trainer.worker.rank == 0:
+        run.fence()
+        run.store.put(f"snapshots/step-{done:08d}.safetensors", weights(evaluated))
 
 
 class Report:

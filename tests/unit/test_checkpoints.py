@@ -1,5 +1,6 @@
 """What stays of a run's checkpoints, what storage that fails does to it, and the commands that read them."""
 
+import functools
 import json
 import time
 
@@ -54,9 +55,11 @@ def test_what_killed_writers_left_is_removed_but_not_what_a_newer_driver_writes(
     for folder in ("step-00000009-lease-0001", "step-00000001-lease-0002", "step-00000003-lease-0003"):
         store.put(f"{folder}/__0_0.distcp", b"torn")
     checkpoints, state = opened(tmp_path, lease=2)
+    assert checkpoints.restore(state) == 0
+    assert checkpoint.listed(store)[1] == ["step-00000001-lease-0002", "step-00000003-lease-0003"]
     checkpoints.save(2, state)
     checkpoints.wait()
-    assert checkpoint.torn(store) == ["step-00000003-lease-0003"]
+    assert checkpoint.listed(store)[1] == ["step-00000003-lease-0003"]
     assert checkpoint.committed(store) == ["step-00000002-lease-0002"]
 
 
@@ -93,11 +96,119 @@ def test_a_full_disk_loses_no_committed_checkpoint(small_disk, caplog):
     checkpoints.save(2, state)
     while "step 2 is not written yet" not in caplog.text:
         time.sleep(0.1)
-    assert "No space left" in caplog.text and checkpoint.torn(Store(small_disk)) == []
+    assert "No space left" in caplog.text and checkpoint.listed(Store(small_disk))[1] == []
     assert steps(small_disk) == [1] and checkpoint.faults(Store(small_disk), "step-00000001-lease-0001") == []
     filler.unlink()
     checkpoints.wait()
-    assert steps(small_disk) == [2] and checkpoint.torn(Store(small_disk)) == []
+    assert steps(small_disk) == [2] and checkpoint.listed(Store(small_disk))[1] == []
+
+
+@pytest.mark.timeout(60)
+def test_a_run_that_fails_does_not_wait_for_storage(few_digits, tmp_path, monkeypatch):
+    config = tiny(few_digits, **SMALL, schedule__steps=6, checkpoint__every="1 steps")
+    (tmp_path / "checkpoints").touch()  # with checkpoint.patience_minutes=10 a write would be tried for so long
+    made = []
+    monkeypatch.setattr(loop, "Checkpoints", lambda *args: made.append(Checkpoints(*args)) or made[0])
+
+    def fail(step, row):
+        if step == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop.train(config, loop.Run(Store(tmp_path)), rows=fail)
+    made[0].wait()  # as the end of the process does; within the write in hand, and no other
+
+
+class Stop:
+    """Asks a run to stop after a number of steps."""
+
+    def __init__(self, after):
+        self.asked, self.after = 0, after
+
+    def __call__(self):
+        self.asked += 1
+        return self.asked >= self.after
+
+
+@pytest.mark.parametrize("on_stop", [True, False])
+def test_a_run_that_is_asked_to_stop_commits_its_steps_first(few_digits, tmp_path, on_stop):
+    config = tiny(few_digits, **SMALL, schedule__steps=6, checkpoint__on_stop=on_stop, checkpoint__every="2 steps")
+    with pytest.raises(loop.Interrupted, match="stopped after step 3 of 6"):
+        loop.train(config, loop.Run(Store(tmp_path)), stop_requested=Stop(3))
+    assert steps(tmp_path / "checkpoints") == ([2, 3] if on_stop else [2])
+    assert not (tmp_path / "result.json").exists()
+    assert loop.train(config, loop.Run(Store(tmp_path)))["resumed_from"] == (3 if on_stop else 2)
+
+
+def test_minutes_pass_by_the_clock(few_digits, tmp_path, monkeypatch):
+    options = {"checkpoint__every": "0.5 minutes", "checkpoint__snapshot_every": "1 minutes", "schedule__steps": 7}
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def pass_time(step, row):
+        clock[0] += 16.0
+
+    config = tiny(few_digits, **SMALL, **options, checkpoint__keep_last=9, monitor__every="null")
+    loop.train(config, loop.Run(Store(tmp_path)), rows=pass_time)
+    assert steps(tmp_path / "checkpoints") == [2, 4, 6, 7]
+    assert Store(tmp_path).list("snapshots") == ["snapshots/step-00000004.safetensors"]
+
+
+def changed(config, **changes):
+    """Another config in the settings named, `__` for the dot."""
+    tree = config.plain()
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        functools.reduce(dict.__getitem__, path, tree)[last] = value
+    return type(config).model_validate(tree)
+
+
+def test_another_config_is_refused_unless_the_change_is_allowed(tmp_path):
+    checkpoints, state = opened(tmp_path)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    lr = checkpoints.config.optim.lr
+    other = {"optim__lr": lr / 2, "schedule__epochs": 3.0, "name": "other", "compute__threads": 1, "repeat": 5}
+
+    def resumed(**changes):
+        config = changed(checkpoints.config, **changes)
+        return Checkpoints(checkpoints.store, config, {}, lambda: None, 1).restore(state)
+
+    refused = (
+        f"optim.lr was {lr}, is {lr / 2}, schedule.epochs was 1.0, is 3.0; .*allow_changes=.schedule.epo, optim.lr"
+    )
+    with pytest.raises(UserError, match=refused):
+        resumed(**other, checkpoint__allow_changes=["schedule.epo"])
+    with pytest.raises(UserError, match="step 1 is of another config: optim.lr was [0-9.]+, is [0-9.]+; set"):
+        resumed(**other, checkpoint__allow_changes=["schedule"])
+    assert resumed(**other, checkpoint__allow_changes=["schedule", "optim.lr"]) == 1
+    assert resumed(name="other", compute__threads=1, repeat=5) == 1
+    with pytest.raises(UserError, match="does not fit the changed config .*Size mismatch"):
+        wider = changed(checkpoints.config, family__encoder__width=4, checkpoint__allow_changes=["family"])
+        Checkpoints(checkpoints.store, wider, {}, lambda: None, 1).restore(make_trainer(wider).state)
+
+
+def test_a_config_that_is_no_longer_read_is_refused(trained, tmp_path):
+    for name in Store(trained).list("checkpoints"):
+        Store(tmp_path).put(name, Store(trained).get(name))
+    for path in tmp_path.rglob("COMMIT.json"):
+        marker = json.loads(path.read_text())
+        marker["config"]["optim"]["gone"] = 1
+        path.write_text(json.dumps(marker))
+    done = CliRunner().invoke(cli, ["checkpoints", "export", str(tmp_path), "--out", str(tmp_path / "new")])
+    assert isinstance(done.exception, UserError) and "step 4 has a config that this version cannot read" in str(
+        done.exception
+    )
+
+
+def test_an_optimiser_that_took_no_step_yet_is_kept_too(tmp_path):
+    checkpoints, state = opened(tmp_path)
+    for parameter in state.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    again, other = opened(tmp_path)
+    assert again.restore(other) == 1
 
 
 def test_another_format_is_refused_by_name(tmp_path):

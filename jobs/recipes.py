@@ -147,7 +147,7 @@ def _merge(base: Tree, change: Tree, model: type[BaseModel]) -> Tree:
         before = cast(Tree, base.get(name)) if isinstance(base.get(name), dict) else {}
         kind = tree.get("kind", before.get("kind"))
         variant = next((v for v in variants if _kind(v) == kind), variants[0])
-        if kind != before.get("kind"):
+        if len(variants) > 1 and kind != before.get("kind"):
             before = _defaults(variant)
         merged[name] = _merge(before, tree, variant)
     return merged

@@ -709,9 +709,16 @@ class Compute(Frozen):
 class Parallel(Frozen):
     """Workers of a run; each takes an equal slice of every global batch."""
 
-    kind: Literal["ddp"] = "ddp"
+    kind: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="each worker holds all weights and optimiser state, or fsdp: a shard of them"
+    )
+    shard: Literal["all", "host"] = Field(
+        "all", description="workers that one set of fsdp's shards is spread over: all, or those of each host"
+    )
     workers: Count = 1
-    accumulate: Count = Field(1, description="micro-batches that a worker cuts its slice of a step into")
+    micro_batch: Count | None = Field(
+        None, description="samples of a worker that are computed at once, at most: larger slices are accumulated"
+    )
     cpus_per_worker: Positive = Field(1.0, description="CPUs that Ray reserves for a worker")
     sync_batchnorm: bool = Field(False, description="batch-norm statistics over all workers, not each worker's own")
     max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="restarts after a lost worker")
@@ -819,16 +826,9 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        _check_slices(self)
-        workers, batch = self.parallel.workers, self.data.batch_size
-        partitions = canonical_partitions(self.data.partitions, batch)
-        if partitions % workers:
-            raise ValueError(
-                f"parallel.workers={workers} must divide the {partitions} canonical partitions "
-                f"(data.partitions={self.data.partitions} lowered until it divides data.batch_size={batch}): "
-                "use a number of workers that divides them"
-            )
-        self._check_mixing(batch // partitions)
+        self.slice_of(self.parallel.workers)
+        batch = self.data.batch_size
+        self._check_mixing(batch // canonical_partitions(self.data.partitions, batch))
         unknown = sorted(set(self.optim.weight_decay_of) - set(self.family.components))
         if unknown:
             raise ValueError(
@@ -841,6 +841,22 @@ class RunConfig(Frozen):
                 f"must not exceed optim.lr={self.optim.lr}: raise optim.lr or lower them"
             )
         return self
+
+    def slice_of(self, workers: int) -> int:
+        """Samples of a step that each of so many workers takes: any number that may take them gives the same run.
+
+        Raises:
+            ValueError: they cannot share the batch, or batch norm would see a part where it is to see the slice.
+        """
+        size, most = _slice(self.data, workers), self.parallel.micro_batch
+        for name, instead in (("encoder", "group"), ("projector", "layer")):
+            if most is not None and most < size and getattr(getattr(self.family, name, None), "norm", None) == "batch":
+                raise ValueError(
+                    f"parallel.micro_batch={most} cuts the {size} samples that each of {workers} workers has, and "
+                    f"with family.{name}.norm=batch batch norm would normalise each part by itself: use "
+                    f"family.{name}.norm={instead}, or parallel.micro_batch=null"
+                )
+        return size
 
     def _check_mixing(self, per_partition: int) -> None:
         if not self.data.augment.mixes:
@@ -898,21 +914,25 @@ def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_slices(config: RunConfig) -> None:
-    """Refuse a global batch that does not divide into workers and micro-batches, or micro-batches that change it."""
-    batch, workers, parts = config.data.batch_size, config.parallel.workers, config.parallel.accumulate
-    if batch % (workers * parts):
-        near = max(1, round(batch / (workers * parts))) * workers * parts
-        divisor = f"parallel.workers={workers}" + (f" × parallel.accumulate={parts}" if parts > 1 else "")
-        raise ValueError(f"data.batch_size={batch} is not divisible by {divisor}: use batch_size={near}")
-    if parts == 1:
-        return
-    for name, instead in (("encoder", "group"), ("projector", "layer")):
-        if getattr(getattr(config.family, name, None), "norm", None) == "batch":
-            raise ValueError(
-                f"parallel.accumulate={parts} with family.{name}.norm=batch: batch norm would normalise each "
-                f"micro-batch by itself: use family.{name}.norm={instead}, or parallel.accumulate=1"
-            )
+def _slice(data: Data, workers: int) -> int:
+    """Samples of a step that each of so many workers takes: whole canonical partitions."""
+    batch, partitions = data.batch_size, canonical_partitions(data.partitions, data.batch_size)
+    if partitions % workers == 0:
+        return batch // workers
+    numbers = [n for n in range(1, partitions + 1) if partitions % n == 0]
+    near = {max(n for n in numbers if n < workers), *[n for n in numbers if n > workers][:1]}
+    found = f"parallel.workers={' or '.join(map(str, sorted(near)))}"
+    if workers <= data.partitions:
+        sizes = (batch + sign * distance for distance in range(batch + workers) for sign in (-1, 1))
+        fits = (b for b in sizes if b > 0 and canonical_partitions(data.partitions, b) % workers == 0)
+        found += f", or data.batch_size={next(fits)}"
+    else:
+        found += ", or raise data.partitions"
+    raise ValueError(
+        f"parallel.workers={workers} must divide the {partitions} canonical partitions (data.partitions="
+        f"{data.partitions} lowered until it divides data.batch_size={batch}), so that every number of workers takes "
+        f"the same batches: use {found}"
+    )
 
 
 def canonical_partitions(wanted: int, batch_size: int) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is absent: {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ranks():
+    """End the processes that a file's tests ran ranks in."""
+    yield
+    if ranks := sys.modules.get("tests.ranks"):
+        ranks.stop_ranks()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,28 +1,71 @@
-"""Run a function on several gloo ranks in processes of their own and return what each returned."""
+"""Run a function on several gloo ranks and return what each returned; the processes serve all tests of a file."""
+
+from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_pool: list[tuple[Any, Connection]] = []  # a process and our end of its pipe, by rank
 
-def _main(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+
+def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    result = function(*args)
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    while True:
+        try:
+            world, hosts, rendezvous, function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        local = world // hosts
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local))
+        os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(local))
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        answer = function(*args)  # a failure ends the process, after its traceback
+        dist.barrier()
+        dist.destroy_process_group()
+        pipe.send_bytes(pickle.dumps(answer))
 
 
-def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def _start(world: int) -> None:
+    context = mp.get_context("spawn")
+    while len(_pool) < world:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(len(_pool), theirs), daemon=True)
+        process.start()
+        theirs.close()
+        _pool.append((process, ours))
+
+
+def stop_ranks() -> None:
+    """End the processes."""
+    while _pool:
+        process, pipe = _pool.pop()
+        pipe.close()
+        process.kill()
+        process.join()
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any, hosts: int = 1) -> list[Any]:
     """Call `function(*args)` on each of `world` ranks; it must be importable, as spawned processes import it."""
+    _start(world)
+    pipes = [pipe for _, pipe in _pool[:world]]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (world, folder, function, args), nprocs=world)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+        for pipe in pipes:
+            pipe.send_bytes(pickle.dumps((world, hosts, f"{folder}/rendezvous", function, args)))
+        answers: dict[int, Any] = {}
+        while len(answers) < world:
+            for pipe in wait([p for i, p in enumerate(pipes) if i not in answers]):
+                rank = pipes.index(pipe)  # pyright: ignore
+                try:
+                    answers[rank] = pickle.loads(pipes[rank].recv_bytes())
+                except EOFError:
+                    stop_ranks()  # the others may wait for this one for ever
+                    raise RuntimeError(f"rank {rank} of {world} failed") from None
+    return [answers[rank] for rank in range(world)]

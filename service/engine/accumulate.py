@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from service.engine.parallel import exchanging
 from service.families.base import Batch, Embedded, Family, Losses
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Scale = Callable[[Tensor], Tensor]
+
+
+def parts_of(samples: int, most: int | None) -> int:
+    """Least number of equal micro-batches, of `most` samples or fewer; one where nothing bounds them."""
+    return next(n for n in range(1, samples + 1) if samples % n == 0 and samples // n <= (most or samples))
 
 
 def backward(
@@ -47,8 +52,7 @@ def _add(
     module: nn.Module, piece: Batch, autocast: Autocast, scale: Scale, last: bool, parts: int = 1, **options: Any
 ) -> Losses:
     """One micro-batch, forward and backward; ranks exchange gradients at the last one."""
-    alone = isinstance(module, DistributedDataParallel) and not last
-    with module.no_sync() if alone else nullcontext():  # pyright: ignore
+    with exchanging(module, last):
         with autocast():
             losses = module(piece, **options)
         scale(losses.total / parts).backward()
@@ -59,7 +63,7 @@ def _two_passes(
     module: nn.Module, family: Family, batch: Batch, pieces: list[Batch], autocast: Autocast, scale: Scale
 ) -> Losses:
     """Embed without gradients, find ∂total/∂z of the whole slice, embed again to carry it into the weights."""
-    embedded = _embed(family, pieces, autocast)
+    embedded = _embed(module, pieces, autocast)
     with autocast():
         losses = family.losses(embedded, batch)
     found = torch.autograd.grad(scale(losses.total), list(embedded.values()), allow_unused=True)
@@ -71,12 +75,12 @@ def _two_passes(
 
 
 @torch.no_grad()
-def _embed(family: Family, pieces: list[Batch], autocast: Autocast) -> Embedded:
+def _embed(module: nn.Module, pieces: list[Batch], autocast: Autocast) -> Embedded:
     """Embeddings of all micro-batches, leaves that gradients are taken of."""
     embedded = []
     for piece in pieces:  # a context each: autocast's casts of the weights do not outlive it without their gradients
         with autocast():
-            embedded.append(family.embed(piece))
+            embedded.append(module(piece, only_embed=True))
     return {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in embedded[0]}
 
 

@@ -28,8 +28,9 @@ from service.engine.checkpoint import Checkpoints
 from service.engine.control import Control
 from service.engine.lease import check_lease
 from service.engine.monitor import Monitor
+from service.engine.parallel import place, share_buffers
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, share_buffers, start_worker
+from service.engine.worker import start_worker
 from service.evaluate.protocol import Protocol
 from service.export import weights, write_encoder
 from service.families import build_family
@@ -145,8 +146,9 @@ def train(
     finally:
         checkpoints.end()
     seconds = time.monotonic() - began
-    share_buffers(trainer.evaluated)
-    scores = protocol.final(trainer.evaluated, family.others)
+    encoder = trainer.evaluated
+    share_buffers(encoder)
+    scores = protocol.final(encoder, trainer.others)
     result = {
         "steps": trainer.length.total,
         "resumed_from": start,
@@ -157,7 +159,7 @@ def train(
     if worker.rank == 0:
         run.fence()
         kept = run.store.sub("encoder")
-        write_encoder(kept, trainer.evaluated, config)
+        write_encoder(kept, encoder, config)
         kept.put("scores.json", json.dumps(scores, indent=1).encode())
         run.store.put("result.json", json.dumps(result, indent=1).encode())
     return result
@@ -205,8 +207,9 @@ def _steps(
         if monitor.due(done):
             report(done, monitor.read(trainer.module, trainer.grad_norm))
         if eval_due(done) and not last:
-            share_buffers(trainer.evaluated)
-            row = protocol.validation(trainer.evaluated)
+            encoder = trainer.evaluated
+            share_buffers(encoder)
+            row = protocol.validation(encoder)
             checkpoints.score = row["val_linear"]
             report(done, row)
         agreed = control(

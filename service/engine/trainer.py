@@ -8,16 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from datasets_prep.errors import UserError
 from service.collectives import local, total_norm
 from service.config import RunConfig, canonical_partitions
 from service.data.augment import draw_views, view_kinds
 from service.data.draws import hash_torch, key
 from service.data.mix import Mixes, draw_mixes, mix
 from service.data.stream import Images
-from service.engine.accumulate import backward
+from service.engine.accumulate import backward, parts_of
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import TrainingState
-from service.engine.worker import Worker, distribute
+from service.engine.parallel import wrap
+from service.engine.worker import Worker
 from service.families.base import Batch, Family, Losses
 from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
 
@@ -51,19 +53,30 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.module = distribute(self.family, self.worker, config.compute)
-        options = config.optim.model_dump(exclude={"kind", "clip_norm"})
-        self.optimizer = build_optimizer(config.optim.kind, self.family, **options)
+        try:
+            size = config.slice_of(self.worker.world)
+        except ValueError as error:  # of a world that the config did not foresee
+            raise UserError(str(error)) from None
+        self.parts = parts_of(size, config.parallel.micro_batch)
         ema = config.eval.weight_ema
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
+        self.wrapped = wrap(self.family, self.worker, config, self.averaged and self.averaged.module)
+        self.module = self.wrapped.module
+        options = config.optim.model_dump(exclude={"kind", "clip_norm"})
+        self.optimizer = build_optimizer(config.optim.kind, self.family, **options)
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
         self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
         self.grad_norm = torch.zeros((), device=self.worker.device)  # of the last step, before clipping
 
     @property
     def evaluated(self) -> nn.Module:
-        """Encoder that is evaluated and kept: the averaged one if there is one."""
-        return self.family.encoder if self.averaged is None else self.averaged.module
+        """Encoder that is evaluated and kept, whole: the averaged one if there is one; all ranks have to ask."""
+        return self.wrapped.full(self.family.encoder if self.averaged is None else self.averaged.module)
+
+    @property
+    def others(self) -> dict[str, nn.Module]:
+        """Encoders trained beside it, whole, that the final report names; all ranks have to ask."""
+        return {name: self.wrapped.full(module) for name, module in self.family.others.items()}
 
     def step(self, step: int, images: Images, ids: Tensor) -> Losses:
         """Take optimiser step `step` (from 0) on this rank's slice of the batch.
@@ -80,7 +93,7 @@ class Trainer:
             self.module,
             self.family,
             batch,
-            parts=self.config.parallel.accumulate,
+            parts=self.parts,
             autocast=partial(self.worker.autocast, self.config.compute.precision),
             scale=self.scaler.scale,
         )

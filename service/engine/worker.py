@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from datasets_prep.errors import UserError
-from service.config import Compute, Parallel
-from service.families.base import Family
-from service.models.batchnorm import synchronise
+from service.config import Compute
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,30 +62,3 @@ def start_worker(compute: Compute) -> Worker:
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Worker(rank, world, max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))), device)
-
-
-def place(family: Family, worker: Worker, compute: Compute, parallel: Parallel) -> Family:
-    """Move a family to the worker's device and number format, with batch norm over all ranks if asked for."""
-    if parallel.sync_batchnorm and worker.world > 1:
-        family = synchronise(family, cuda=worker.device.type == "cuda")  # pyright: ignore[reportAssignmentType]
-    family = family.to(worker.device, torch.float64 if compute.precision == "fp64" else torch.float32)
-    return family.to(memory_format=torch.channels_last) if compute.channels_last else family
-
-
-def distribute(family: Family, worker: Worker, compute: Compute) -> nn.Module:
-    """Wrap a placed family for training: embedding compiled if asked for, gradients averaged over ranks."""
-    if compute.compile:  # not the losses, whose collectives would break the graph
-        family.embed = torch.compile(family.embed)
-    if worker.world == 1:
-        return family
-    with warnings.catch_warnings():  # the name that torch is about to prefer is unknown to 2.11
-        warnings.simplefilter("ignore", FutureWarning)
-        # Running statistics stay each rank's own while training; rank 0's count (`share_buffers`).
-        return DistributedDataParallel(family, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Give all ranks rank 0's buffers, such as batch norm's running statistics."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)

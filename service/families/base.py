@@ -82,9 +82,14 @@ class Family(nn.Module):
         """Compute the losses of this rank's slice of the global batch, or of a micro-batch without batch statistics."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch, slopes: Embedded | None = None) -> Losses:
-        """Compute the losses of a batch; or, given `slopes` ∂total/∂z (B, …) by name, Σ z·∂total/∂z as `total`."""
+    def forward(self, batch: Batch, slopes: Embedded | None = None, *, only_embed: bool = False) -> Losses | Embedded:
+        """Compute the losses of a batch; or, given `slopes` ∂total/∂z (B, …) by name, Σ z·∂total/∂z as `total`.
+
+        With `only_embed`, give what is embedded: what wraps a family for FSDP acts on `forward` alone.
+        """
         embedded = self.embed(batch)
+        if only_embed:
+            return embedded
         if slopes is None:
             return self.losses(embedded, batch)
         carried = [(embedded[name] * slope).sum() for name, slope in slopes.items() if embedded[name].requires_grad]

@@ -18,4 +18,6 @@ def projector(
     parts: list[nn.Module] = []
     for before, after in zip(widths[:-1], widths[1:], strict=True):
         parts += [nn.Linear(before, after, bias=norm != "batch"), make_norm(after), nn.ReLU(inplace=True)]
-    return nn.Sequential(*parts, nn.Linear(widths[-1], output, bias=False))
+    head = nn.Sequential(*parts, nn.Linear(widths[-1], output, bias=False))
+    head.fsdp_unit = True  # pyright: ignore
+    return head

@@ -21,6 +21,7 @@ class _Basic(nn.Module):
     """Two 3×3 convolutions beside a shortcut."""
 
     expansion = 1
+    fsdp_unit = True
 
     def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class _Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 convolutions beside a shortcut; the 3×3 carries the stride."""
 
     expansion = 4
+    fsdp_unit = True
 
     def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
         super().__init__()

@@ -34,6 +34,8 @@ SIZES: dict[str, dict[str, Any]] = {
 class Block(TimmBlock):
     """timm's block with its parameters, whose attention may turn and whose paths are dropped by key."""
 
+    fsdp_unit = True  # sharded by itself where parameters are
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,

@@ -22,8 +22,9 @@ from service.config import canonical_partitions
 from service.data.augment import resize_normalise
 from service.data.plan import SamplePlan
 from service.data.resident import ResidentBatches
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.evaluate import knn, linear_probe
 from service.families import build_family
 from tests.bench._report import close

@@ -15,8 +15,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from jobs import recipes
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from service.models.blocks import patch_coordinates, sincos_positions
 from tests.bench import masks

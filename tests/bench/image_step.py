@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from jobs import recipes
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from tests.bench._report import alternate, close, ratio
 from tests.bench.vicreg_loss import plain as plain_loss

@@ -12,8 +12,9 @@ from jobs import recipes
 from service.engine.alarms import Alarms
 from service.engine.loop import Every
 from service.engine.monitor import Monitor
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from tests.bench._report import alternate, close, ratio
 

@@ -5,8 +5,9 @@ import torch
 
 from service.engine.alarms import Alarms
 from service.engine.monitor import Monitor
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from tests.configs import tiny
 from tests.families import family_config

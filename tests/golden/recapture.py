@@ -30,7 +30,7 @@ SETTINGS = {
     },
 }
 VIT = ["data.image_size=16", "family.encoder.patch_size=2", "data.batch_size=16", "family.encoder.drop_path=0.1"]
-FAMILIES = {"ijepa": VIT, "hjepa": [*VIT, "optim.lr=1e-3", "family.fpn=add", "parallel.accumulate=1"]}
+FAMILIES = {"ijepa": VIT, "hjepa": [*VIT, "optim.lr=1e-3", "family.fpn=add", "parallel.micro_batch=null"]}
 NAMES = [*SETTINGS, *FAMILIES]
 
 

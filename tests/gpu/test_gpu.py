@@ -10,8 +10,9 @@ from service.data.augment import random_view
 from service.data.draws import hash_torch, key, uniform
 from service.data.plan import SamplePlan
 from service.data.resident import ResidentBatches
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from service.families.base import Batch
 

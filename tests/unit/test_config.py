@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 from datasets_prep.errors import UserError
 from jobs import recipes
 from service.config import RunConfig, parse_interval
+from service.engine.accumulate import parts_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,9 +73,9 @@ def test_all_errors_come_at_once_with_the_nearest_names():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("parallel.workers=3", "data.batch_size=512 is not divisible by parallel.workers=3: use batch_size=513"),
-        ("parallel.accumulate=2", "family.encoder.norm=batch: batch norm would normalise each micro-batch by itself"),
-        ("parallel.accumulate=3", "not divisible by parallel.workers=1 × parallel.accumulate=3: use batch_size=513"),
+        ("parallel.workers=3", "use parallel.workers=2 or 4, or data.batch_size=513"),
+        ("parallel.workers=128", "use parallel.workers=64, or raise data.partitions"),
+        ("parallel.micro_batch=256", "cuts the 512 samples that each of 1 workers has, and with family.encoder.norm="),
         ("data.partitions=3", "parallel.workers=4 must divide the 2 canonical partitions"),
         ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'lamb', 'sgd', 'adam', 'adamw'"),
         ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),
@@ -100,6 +101,22 @@ def test_impossible_values_name_the_fix(override, message):
     with pytest.raises(UserError, match="1 error") as error:
         recipes.load("rapid", overrides)
     assert message in str(error.value)
+
+
+def test_the_kind_of_what_is_no_union_leaves_its_siblings():
+    config = recipes.load("rapid", ["parallel={workers: 2, sync_batchnorm: true}", "parallel.kind=fsdp"])
+    assert (config.parallel.kind, config.parallel.workers, config.parallel.sync_batchnorm) == ("fsdp", 2, True)
+
+
+def test_any_number_of_workers_takes_the_same_batch_in_parts_that_fit():
+    no_batch_norm = ["family.encoder.norm=group", "family.projector.norm=layer"]
+    config = recipes.load("rapid", ["data.batch_size=480", "parallel.micro_batch=100", *no_batch_norm])
+    slices = [config.slice_of(workers) for workers in (1, 2, 4, 5, 30)]
+    assert slices == [480, 240, 120, 96, 16]
+    assert [parts_of(size, config.parallel.micro_batch) for size in slices] == [5, 3, 2, 1, 1]
+    assert parts_of(7, 4) == 7 and parts_of(480, None) == 1
+    with pytest.raises(ValueError, match="parallel.workers=8 must divide the 60 .* use parallel.workers=6 or 10, or"):
+        config.slice_of(8)
 
 
 def test_vit_patches_must_tile_the_image():

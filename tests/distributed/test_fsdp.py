@@ -25,10 +25,11 @@ TINY = [
     "eval.weight_ema=0.9",
 ]
 CHECKPOINTING = "family.encoder.checkpointing=true"
+RESNET = ["family.encoder.depth=8", "family.encoder.width=4"]
 CASES = {
-    "resnet-lars": ("image_vicreg", ["optim.kind=lars", "parallel.micro_batch=2", *GROUP]),
-    "resnet-adamw": ("image_vicreg", ["optim.kind=adamw", "parallel.sync_batchnorm=true"]),
-    "vit-lamb": ("image_vicreg", ["optim.kind=lamb", "family.encoder.kind=vit", CHECKPOINTING]),
+    "resnet-lars": ("image_vicreg", ["optim.kind=lars", *RESNET, "parallel.micro_batch=2", *GROUP]),
+    "resnet-adamw": ("image_vicreg", ["optim.kind=adamw", *RESNET, "parallel.sync_batchnorm=true"]),
+    "vit-lamb": ("image_vicreg", ["optim.kind=lamb", "family.encoder.kind=vit", CHECKPOINTING, GROUP[1]]),
     "ijepa": ("ijepa", ["optim.kind=adamw", "family.encoder.drop_path=0.2", CHECKPOINTING, "parallel.micro_batch=4"]),
     "hjepa": ("hjepa", ["optim.kind=sgd", "family.encoder.depth=2", "parallel.micro_batch=2"]),
 }

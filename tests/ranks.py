@@ -34,7 +34,8 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 def _start(world: int) -> None:
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # forks of a process that has imported what is slow to import, and no more
+    context.set_forkserver_preload(["torch.distributed.fsdp", "service.engine.loop", "tests.configs"])
     while len(_pool) < world:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(len(_pool), theirs), daemon=True)
@@ -53,7 +54,7 @@ def stop_ranks() -> None:
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, hosts: int = 1) -> list[Any]:
-    """Call `function(*args)` on each of `world` ranks; it must be importable, as spawned processes import it."""
+    """Call `function(*args)` on each of `world` ranks; it must be importable, as the processes import it."""
     _start(world)
     pipes = [pipe for _, pipe in _pool[:world]]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,12 @@
 """One process, two under DDP and two with shards take the same steps; so do shards over all and over each host."""
 
+import os
+
 import pytest
 import torch
 
-from service.collectives import rank
+from datasets_prep.errors import UserError
+from service.collectives import local, rank
 from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
 from service.engine.worker import start_worker
@@ -53,7 +56,7 @@ def images_of(trainer, step):
 
 
 def trained(kind, changes, steps=STEPS):
-    """Losses and gradient norms of every step, and all weights at the end, whole."""
+    """Losses and gradient norms of every step; all weights at the end, whole; share of the state that this rank has."""
     trainer = make_trainer(family_config(kind, *TINY, *changes))
     rows = []
     for step in range(steps):
@@ -61,23 +64,24 @@ def trained(kind, changes, steps=STEPS):
         rows.append((losses.total.item(), trainer.grad_norm.item()))
     weights = {"evaluated": trainer.evaluated, "encoder": trainer.wrapped.full(trainer.family.encoder)}
     state = {f"{k}.{n}": p.detach() for k, m in (weights | trainer.others).items() for n, p in m.named_parameters()}
-    return rows, state
+    kept = [t for s in trainer.optimizer.state.values() for t in s.values() if t.ndim]
+    kept += [*trainer.family.parameters(), *trainer.averaged.parameters()]
+    return rows, state, sum(t.numel() for t in local(kept)) / sum(t.numel() for t in kept)
 
 
 def assert_equal_runs(found, wanted, tolerance=1e-9):
-    for (rows, weights), (wanted_rows, wanted_weights) in zip(found, wanted, strict=True):
-        rows, wanted_rows = (torch.tensor(each, dtype=torch.float64) for each in (rows, wanted_rows))
-        torch.testing.assert_close(rows, wanted_rows, rtol=tolerance, atol=0)
-        for name, weight in wanted_weights.items():
-            assert (weights[name] - weight).norm() <= tolerance * weight.norm(), name
+    rows, wanted_rows = (torch.tensor(rows, dtype=torch.float64) for rows, *_ in (found, wanted))
+    torch.testing.assert_close(rows, wanted_rows, rtol=tolerance, atol=0)
+    for name, weight in wanted[1].items():
+        assert (found[1][name] - weight).norm() <= tolerance * weight.norm(), name
 
 
 def mean_of(ranks):
     """The runs of one of the ranks with the means of their losses: gradients and weights are equal on all."""
-    for rows, weights in ranks[1:]:
+    for rows, weights, _ in ranks[1:]:
         assert [norm for _, norm in rows] == [norm for _, norm in ranks[0][0]]
         assert all(torch.equal(weight, ranks[0][1][name]) for name, weight in weights.items())
-    losses = torch.tensor([[loss for loss, _ in rows] for rows, _ in ranks], dtype=torch.float64).mean(0).tolist()
+    losses = torch.tensor([[loss for loss, _ in rows] for rows, *_ in ranks], dtype=torch.float64).mean(0).tolist()
     return [(loss, norm) for loss, (_, norm) in zip(losses, ranks[0][0], strict=True)], ranks[0][1]
 
 
@@ -87,4 +91,57 @@ def test_ddp_and_shards_take_the_steps_of_one_process(case):
     (alone,) = on_ranks(1, trained, kind, changes)
     for spread in ("ddp", "fsdp"):
         together = mean_of(on_ranks(2, trained, kind, [*changes, f"parallel.kind={spread}"]))
-        assert_equal_runs([together], [alone])
+        assert_equal_runs(together, alone)
+
+
+IJEPA = ("ijepa", ["optim.kind=adamw", "family.encoder.depth=1", "family.predictor.depth=1"])
+
+
+def test_shards_over_each_host_take_the_same_steps_and_hold_more():
+    kind, changes = IJEPA
+    (alone,) = on_ranks(1, trained, kind, changes, 5)
+    for shard, copies in (("all", 1), ("host", 2)):
+        spread = [*changes, "parallel.kind=fsdp", f"parallel.shard={shard}"]
+        ranks = on_ranks(4, trained, kind, spread, 5, hosts=2)
+        assert_equal_runs(mean_of(ranks), alone)
+        shares = [share for *_, share in ranks]
+        assert sum(shares) == pytest.approx(copies) and max(shares) < 1.25 * copies / 4
+
+
+def uneven_hosts(changes):
+    """What is said where one host has another number of workers than the other."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if rank() == 2 else "2"
+    with pytest.raises(UserError) as error:
+        make_trainer(family_config(IJEPA[0], *TINY, *changes))
+    return str(error.value)
+
+
+def test_hosts_with_unequal_numbers_of_workers_are_refused():
+    changes = ["data.batch_size=6", "parallel.kind=fsdp", "parallel.shard=host"]
+    for message in on_ranks(3, uneven_hosts, changes):
+        assert message.startswith("parallel.shard=host needs as many workers on each host, and they have [1, 2]")
+
+
+def exchanges(kind, changes):
+    """Collectives that reduce something during a step."""
+    trainer = make_trainer(family_config(kind, *TINY, *changes))
+    trainer.step(0, *images_of(trainer, 0))
+    with torch.profiler.profile() as profile:
+        trainer.step(1, *images_of(trainer, 1))
+    return sum(e.count for e in profile.key_averages() if e.key.startswith("c10d::") and "reduce" in e.key)
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step_in_however_many_micro_batches(spread):
+    kind, changes = IJEPA
+    changes = [*changes, f"parallel.kind={spread}"]
+    whole, cut = (on_ranks(2, exchanges, kind, [*changes, f"parallel.micro_batch={size}"])[0] for size in (4, 2))
+    assert cut == whole > 0
+
+
+def test_the_mean_over_ranks_is_no_sum_in_fp32():
+    kind, changes = IJEPA
+    changes = [*changes, "compute.precision=fp32", "compute.channels_last=true"]
+    (alone,) = on_ranks(1, trained, kind, changes, 3)
+    for world in (2, 4):
+        assert_equal_runs(mean_of(on_ranks(world, trained, kind, [*changes, "parallel.kind=fsdp"], 3)), alone, 1e-3)

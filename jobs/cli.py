@@ -361,6 +361,36 @@ def sync(run: str, cluster: str) -> None:
     click.echo(f"sent {tracking.sync(store, profile.tracking_uri, state['mlflow_run'])} values")
 
 
+@cli.command(
+    epilog="\b\nExamples:\n  tessera report demo-1a2b3c4d5e\n  tessera report runs/local/runs/demo-1a2b3c4d5e --json\n"
+    "  tessera report demo-1a2b3c4d5e --gpus 64 --mtbf-hours 1"
+)
+@click.argument("run")
+@on_cluster
+@click.option("--gpus", type=click.IntRange(1), default=64, show_default=True, help="Of the job to model.")
+@click.option(
+    "--mtbf-hours",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Between its failures.",
+)
+@as_json
+def report(run: str, cluster: str, gpus: int, mtbf_hours: float, as_json: bool) -> None:
+    """Show where the wall time of RUN went: steps, restarts, checkpoints.
+
+    RUN is a name, a folder or an s3:// address; it may still train. The picture is kept as pictures/goodput.png.
+    """
+    from jobs import report as reporting
+
+    store = reporting.open_run(run, "" if "/" in run else _profile(cluster).storage_uri)
+    found, expected = reporting.report(store, gpus, mtbf_hours)
+    if as_json:
+        emit({"run": run, **reporting.plain(found, expected)})
+    else:
+        click.echo(reporting.render(found, expected, gpus, mtbf_hours), nl=False)
+
+
 @cli.command()
 @as_json
 def recipes(as_json: bool) -> None:

@@ -788,6 +788,20 @@ class Monitor(Frozen):
         return self
 
 
+class Guard(Frozen):
+    """Steps that are not taken, and losses that leap."""
+
+    nonfinite: Literal["skip", "stop"] = Field(
+        "skip", description="a step whose gradient is not finite is left out, or ends the run"
+    )
+    max_skipped: Count = Field(10, description="left-out steps since the newest checkpoint that end the run")
+    max_skipped_in_a_row: Count = Field(3, description="left-out steps in a row that end the run")
+    spike: Literal["none", "alarm", "stop"] = Field("alarm", description="what a loss that leaps does")
+    spike_deviations: Positive = Field(
+        8.0, description="height of a leap above the median of the last 100 logged losses, in robust deviations"
+    )
+
+
 _OF_THE_READER = ("uri", "mode", "resident_gb", "cache_gb", "prefetch", "workers")
 
 
@@ -812,6 +826,7 @@ class RunConfig(Frozen):
     checkpoint: Checkpoint = Checkpoint()  # pyright: ignore[reportCallIssue]
     tracking: Tracking = Tracking()  # pyright: ignore[reportCallIssue]
     monitor: Monitor = Monitor()  # pyright: ignore[reportCallIssue]
+    guard: Guard = Guard()  # pyright: ignore[reportCallIssue]
 
     def identity(self) -> dict[str, Any]:
         """Settings that decide what is computed: without where things lie and how, and by how many, it is carried out.
@@ -819,7 +834,7 @@ class RunConfig(Frozen):
         Batch norm that is not synchronised is the exception: its statistics are those of a worker's slice.
         """
         tree = self.plain()
-        del tree["init_from"], tree["checkpoint"], tree["compute"]["threads"]
+        del tree["init_from"], tree["checkpoint"], tree["guard"], tree["compute"]["threads"]
         tree["parallel"] = {"sync_batchnorm": self.parallel.sync_batchnorm}
         tree["data"] = {name: value for name, value in tree["data"].items() if name not in _OF_THE_READER}
         return tree
@@ -829,6 +844,10 @@ class RunConfig(Frozen):
         self.slice_of(self.parallel.workers)
         batch = self.data.batch_size
         self._check_mixing(batch // canonical_partitions(self.data.partitions, batch))
+        if self.guard.spike == "stop" and not self.monitor.alarms:
+            raise ValueError(
+                "guard.spike=stop acts on an alarm, and monitor.alarms=False raises none: set monitor.alarms=true"
+            )
         unknown = sorted(set(self.optim.weight_decay_of) - set(self.family.components))
         if unknown:
             raise ValueError(

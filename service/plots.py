@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from service.masks import Masking, coverage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CELL, _GAP, _LINE = 10, 12, 16
 _HIDDEN, _CONTEXT = (226, 226, 226), (66, 112, 178)
@@ -83,6 +86,54 @@ _PANELS: dict[str, Callable[[str], bool]] = {
 }
 
 
+_PHASES = {
+    "step": "#4270b2",
+    "lost": "#d95f02",
+    "down": "#a6260b",
+    "start": "#e79e2c",
+    "restore": "#f0c763",
+    "checkpoint": "#6aa56a",
+    "evaluate": "#8c7fb8",
+    "data": "#9a9a9a",
+}
+
+
+def goodput(
+    seconds: Mapping[str, float],
+    legs: Sequence[Sequence[tuple[float, int]]],
+    commits: Sequence[tuple[float, int]],
+    faults: Sequence[float],
+) -> bytes:
+    """Draw where a run's wall time went, and its steps over time: a PNG.
+
+    Args:
+        seconds: by phase.
+        legs: of each leg, (seconds, steps done).
+        commits: (seconds, step) of checkpoints, as dots.
+        faults: seconds at which a driver saw one, as dashed lines.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    bar, steps = figure.subplots(2, 1, height_ratios=(1, 4))
+    left, total = 0.0, sum(seconds.values()) or 1.0
+    for phase, colour in _PHASES.items():
+        minutes = seconds.get(phase, 0.0) / 60
+        bar.barh(0, minutes, left=left, color=colour, label=f"{phase} {minutes * 6000 / total:.1f} %")
+        left += minutes
+    bar.set(title="wall time, minutes", yticks=[])
+    bar.legend(fontsize="small", ncols=len(_PHASES), loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    for points in legs:
+        steps.plot([at / 60 for at, _ in points], [step for _, step in points], color=_PHASES["step"], linewidth=1)
+    steps.scatter([at / 60 for at, _ in commits], [step for _, step in commits], s=8, color=_PHASES["checkpoint"])
+    for at in faults:
+        steps.axvline(at / 60, color=_PHASES["down"], linestyle="--", linewidth=1)
+    steps.set(xlabel="minutes", ylabel="steps done; dots are checkpoints, dashed lines faults")
+    return _png(figure)
+
+
 def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
     """Draw a run's metrics, by step, over its steps: a PNG with the panels that have any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -99,6 +150,10 @@ def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
             axes.plot(*zip(*points, strict=True), label=name.removeprefix("monitor/"), linewidth=1)
         axes.set_yscale("log" if title == _NORMS else "linear")
         axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100)
     return png.getvalue()

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import gt, lt
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 
 from service.config import RunConfig
 from service.tracking import leaves
@@ -44,6 +44,12 @@ CURES = {
         ("lower", "optim.clip_norm"),
         ("lengthen", "schedule.warmup_epochs"),
     ),
+    "spike": (
+        ("lower", "optim.lr"),
+        ("set", "optim.clip_norm"),
+        ("lower", "optim.clip_norm"),
+        ("lengthen", "schedule.warmup_epochs"),
+    ),
     "no_learning": (
         ("raise", "optim.lr"),
         ("shorten", "schedule.warmup_epochs"),
@@ -56,6 +62,8 @@ CURES = {
     ),
 }
 _LOSSES = 10  # rows whose spread tells a change of the loss from noise
+_SPIKE_LOSSES = (20, 100)  # fewest and most losses that tell a leap from noise
+_LEAST_DEVIATION = 1e-3  # of the median, for losses that hardly vary
 _FALLS = 2  # validation probes in a row that are worse than the best
 
 
@@ -115,12 +123,28 @@ def _not_finite(series: Series, config: RunConfig) -> str | None:
     return None
 
 
+def _spike(series: Series, config: RunConfig) -> str | None:
+    """Whether the last loss lies many deviations, 1.4826 times the median absolute one, above the median before it."""
+    finite = [value for _, value in series.get("loss", ()) if math.isfinite(value)]
+    fewest, most = _SPIKE_LOSSES
+    *before, last = finite[-most - 1 :] or [math.nan]
+    if config.guard.spike == "none" or len(before) < fewest:
+        return None
+    middle = median(before)
+    deviation = max(1.4826 * median(abs(value - middle) for value in before), _LEAST_DEVIATION * abs(middle))
+    if not last - middle > config.guard.spike_deviations * deviation:
+        return None
+    return f"loss {last:.4g} after {middle:.4g} ± {deviation:.2g}"
+
+
 def _no_learning(series: Series, config: RunConfig) -> str | None:
     """Whether the last losses cannot be told from the first: their mean is within two of their deviations of it."""
     points = series.get("loss", ())
     if len(points) <= _LOSSES:
         return None
-    first, last = points[0][1], [value for _, value in points[-_LOSSES:]]
+    first, last = points[0][1], [value for _, value in points[-_LOSSES:] if math.isfinite(value)]
+    if not last:
+        return None
     mean, noise = fmean(last), pstdev(last)
     return f"loss {mean:.4g} ± {noise:.2g} began at {first:.4g}" if abs(mean - first) <= 2 * noise else None
 
@@ -148,6 +172,7 @@ _CHECKS = {
     "not_finite": _not_finite,
     "collapse": _collapse,
     "correlated": _correlated,
+    "spike": _spike,
     "no_learning": _no_learning,
     "over_fitting": _over_fitting,
 }
@@ -195,8 +220,13 @@ class Alarms:
         """An active alarm with its cure."""
         return f"alarm {name} at step {step}: {self.active[name]}: {cure(name, self._config)}"
 
-    def sound_until(self) -> int:
-        """Last step at which every representation varied enough, 0 if there is none."""
+    def sound_until(self, alarm: str) -> int:
+        """Last step before a collapse or a spike of the loss, 0 if there is none.
+
+        Before a collapse, that is the last at which every representation varied enough.
+        """
+        if alarm == "spike":
+            return max((step for step, _ in self._series["loss"][:-1]), default=0)
         limit = self._config.monitor.min_variance
         points = [points for name, points in self._series.items() if name.endswith("/variance")]
         bad = {step for each in points for step, value in each if not value >= limit}

@@ -331,6 +331,7 @@ class Checkpoints:
         before_write: called before a checkpoint's files are stored and again before it commits; raises when this driver
             may no longer write.
         lease_epoch: recorded in the marker.
+        after_commit: called with the step of each checkpoint that is complete, in the background.
     """
 
     store: Store
@@ -338,6 +339,7 @@ class Checkpoints:
     environment: dict[str, str | int]
     before_write: Callable[[], None]
     lease_epoch: int
+    after_commit: Callable[[int], None] = lambda step: None
     score: float | None = None  # of the last validation probe, in percent; `restore` takes it over
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _group: dist.ProcessGroup | None = field(default_factory=own_group)
@@ -426,6 +428,7 @@ class Checkpoints:
                     self._remove(folder)
             raise
         if rank() == 0:
+            self.after_commit(step)
             self._prune(step)
 
     def _begin(self) -> str:

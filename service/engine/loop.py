@@ -1,7 +1,7 @@
 """The one training loop: the same in a plain process, under torchrun and inside a Ray Train worker.
 
-It knows a family only as a module that turns views into losses. Nothing in a step waits for the device: metrics
-are read every `tracking.log_every`, checkpoints are written in the background.
+It knows a family only as a module that turns views into losses. A step waits for the device once, for the norm of its
+gradient (guard.py); metrics are read every `tracking.log_every`, checkpoints are written in the background.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from service.collectives import from_rank_0, mean_over_ranks, total_norm, world_size
 from service.config import RunConfig, parse_interval
@@ -26,11 +29,13 @@ from service.data.stream import StreamBatches
 from service.engine.alarms import Alarms
 from service.engine.checkpoint import Checkpoints
 from service.engine.control import Control
+from service.engine.goodput import FINISHED, Clock, Leg, goodput, read_events
+from service.engine.guard import COUNT, Skips, TrainingFailed, failure
 from service.engine.lease import check_lease
 from service.engine.monitor import Monitor
 from service.engine.parallel import place, share_buffers
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import start_worker
+from service.engine.worker import Worker, start_worker
 from service.evaluate.protocol import Protocol
 from service.export import weights, write_encoder
 from service.families import build_family
@@ -40,10 +45,6 @@ from service.tracking import stored_metrics
 log = logging.getLogger(__name__)
 Row = dict[str, float]
 RowSink = Callable[[int, Row], None]
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
 
 
 class Interrupted(RuntimeError):
@@ -111,7 +112,27 @@ def train(
         Interrupted: `stop_requested` said yes; with `checkpoint.on_stop` the steps taken are committed.
         TrainingFailed: training cannot go on.
     """
+    clock = Clock()
     worker = start_worker(config.compute)
+    facts = {"lease": run.lease_epoch, "host": socket.gethostname(), "pid": os.getpid(), "world": worker.world}
+    leg = Leg(run.store if worker.rank == 0 else None, clock, **facts)
+    try:
+        result = _train(config, run, worker, leg, rows or (lambda step, row: None), flush, stop_requested)
+    except BaseException as error:
+        leg.close(type(error).__name__)
+        raise
+    return result
+
+
+def _train(
+    config: RunConfig,
+    run: Run,
+    worker: Worker,
+    leg: Leg,
+    rows: RowSink,
+    flush: Callable[[], object],
+    stop_requested: Callable[[], bool],
+) -> dict[str, Any]:
     data_store = Store(config.data.uri)
     index = read_index(data_store)
     sources = open_sources(config.data)
@@ -133,19 +154,26 @@ def train(
         flush()
         run.fence()
 
-    checkpoints = Checkpoints(run.store.sub("checkpoints"), config, worker.environment(), before_write, run.lease_epoch)
-    start = checkpoints.restore(trainer.state)
+    checkpoints = Checkpoints(
+        run.store.sub("checkpoints"), config, worker.environment(), before_write, run.lease_epoch, leg.committed
+    )
+    with leg.clock.phase("restore"):
+        start = checkpoints.restore(trainer.state)
+    leg.restored(start)
     if start and worker.rank == 0:
         log.info("resumed from the checkpoint of step %d", start)
     protocol = Protocol(config, data_store, index, worker)
-    report = Report(trainer, start, checkpoints, run, rows or (lambda step, row: None))
+    history = from_rank_0(stored_metrics(run.store) if worker.rank == 0 else {})
+    report = Report(trainer, start, checkpoints, history, rows)
     began = time.monotonic()
     try:
-        _steps(trainer, batches, start, checkpoints, protocol, run, report, stop_requested)
-        checkpoints.wait()
+        _steps(trainer, batches, start, checkpoints, protocol, run, report, leg, stop_requested)
+        with leg.clock.phase("checkpoint"):
+            checkpoints.wait()
     finally:
         checkpoints.end()
     seconds = time.monotonic() - began
+    leg.clock.enter("evaluate")
     encoder = trainer.evaluated
     share_buffers(encoder)
     scores = protocol.final(encoder, trainer.others)
@@ -161,6 +189,10 @@ def train(
         kept = run.store.sub("encoder")
         write_encoder(kept, encoder, config)
         kept.put("scores.json", json.dumps(scores, indent=1).encode())
+        leg.close(FINISHED)
+        found = goodput(read_events(run.store))
+        rows(trainer.length.total, found.metrics())
+        result["goodput"] = found.plain()
         run.store.put("result.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -173,10 +205,11 @@ def _steps(
     protocol: Protocol,
     run: Run,
     report: Report,
+    leg: Leg,
     stop_requested: Callable[[], bool],
 ) -> None:
     """Take the run's remaining steps; log, measure, evaluate, checkpoint and keep snapshots as the config says."""
-    config, length, rank = trainer.config, trainer.length, trainer.worker.rank
+    config, length, worker = trainer.config, trainer.length, trainer.worker
     log_due, eval_due, save_due, snapshot_due, monitor_due = (
         Every(interval, length.steps_per_epoch)
         for interval in (
@@ -187,47 +220,48 @@ def _steps(
             config.monitor.every,
         )
     )
-    monitor = Monitor(config, rank, trainer.worker.world, monitor_due.steps, length.total)
+    monitor = Monitor(config, worker.rank, worker.world, monitor_due.steps, length.total)
     control = Control("save", "snapshot", "stop")
     meter = Meter(start, length, config.data.batch_size)
-    for step, (images, ids) in enumerate(batches.iterate(start, length.total, rank, trainer.worker.world), start):
+    for_saving = {"save", "stop"} if config.checkpoint.on_stop else {"save"}
+    timed = leg.clock.steps(batches.iterate(start, length.total, worker.rank, worker.world))
+    for step, (images, ids) in enumerate(timed, start):
         losses = trainer.step(step, images, ids)
         done = step + 1
         last = done == length.total
-        monitor.collect(done, losses.features)
+        leg.done(done)
+        if trainer.taken:
+            monitor.collect(done, losses.features)
+        else:
+            report.skipped(done, losses, ids)
         if log_due(done) or last:
-            rates = {"lr": trainer.lr(step), "weight_decay": trainer.weight_decay(step)}
-            rates |= trainer.family.scheduled(done / length.total)
-            row = _read_row(losses, batches.budget.used) | rates | meter.read(done)
-            if trainer.scaler.is_enabled():
-                row["loss_scale"] = trainer.scaler.get_scale()
-            _check_finite(row["loss"], done, checkpoints)
-            _check_bad_samples(row["bad_samples"], config.data.max_bad)
-            report(done, row)
-        if monitor.due(done):
-            report(done, monitor.read(trainer.module, trainer.grad_norm))
-        if eval_due(done) and not last:
-            encoder = trainer.evaluated
-            share_buffers(encoder)
-            row = protocol.validation(encoder)
-            checkpoints.score = row["val_linear"]
-            report(done, row)
+            report(done, _row(trainer, done, losses, batches.budget.used) | meter.read(done))
+        with leg.clock.phase("evaluate"):
+            if monitor.due(done):
+                report(done, monitor.read(trainer.module, trainer.grad_norm))
+            if eval_due(done) and not last:
+                report(done, _validate(trainer, protocol, checkpoints))
         agreed = control(
-            save=rank == 0 and save_due.elapsed(),
-            snapshot=rank == 0 and snapshot_due.elapsed(),
+            save=worker.rank == 0 and save_due.elapsed(),
+            snapshot=worker.rank == 0 and snapshot_due.elapsed(),
             stop=stop_requested(),
         )
-        stopping = "stop" in agreed
-        if save_due(done) or "save" in agreed or last or (stopping and config.checkpoint.on_stop):
-            _check_finite(total_norm(trainer.module.parameters()).item(), done, checkpoints)
-            checkpoints.save(done, trainer.state)
+        if last or save_due(done) or agreed & for_saving:
+            with leg.saving(done):
+                _save(done, trainer, checkpoints)
         if snapshot_due(done) or "snapshot" in agreed:
             _keep_snapshot(trainer, run, done)
-        if stopping:
-            checkpoints.settle()
-            raise Interrupted(
-                f"stopped after step {done} of {length.total}; the same command goes on from its checkpoint"
-            )
+        if "stop" in agreed:
+            _interrupt(done, length, checkpoints)
+
+
+def _validate(trainer: Trainer, protocol: Protocol, checkpoints: Checkpoints) -> Row:
+    """Probe the encoder on the validation split."""
+    encoder = trainer.evaluated
+    share_buffers(encoder)
+    row = protocol.validation(encoder)
+    checkpoints.score = row["val_linear"]
+    return row
 
 
 def _keep_snapshot(trainer: Trainer, run: Run, done: int) -> None:
@@ -237,14 +271,28 @@ def _keep_snapshot(trainer: Trainer, run: Run, done: int) -> None:
         run.store.put(f"snapshots/step-{done:08d}.safetensors", weights(evaluated))
 
 
+def _interrupt(done: int, length: Length, checkpoints: Checkpoints) -> None:
+    checkpoints.settle()
+    raise Interrupted(f"stopped after step {done} of {length.total}; the same command goes on from its checkpoint")
+
+
+def _save(done: int, trainer: Trainer, checkpoints: Checkpoints) -> None:
+    """Begin a checkpoint, unless infinity would get into it."""
+    if not total_norm(trainer.module.parameters()).isfinite():
+        raise TrainingFailed(failure(f"a weight is not finite after step {done}", trainer.config, checkpoints))
+    checkpoints.save(done, trainer.state)
+
+
 class Report:
     """Judges the metric rows of a run alike on all ranks; rank 0 hands them on and tells the alarms."""
 
-    def __init__(self, trainer: Trainer, start: int, checkpoints: Checkpoints, run: Run, rows: RowSink) -> None:
-        self._config, self._rank = trainer.config, trainer.worker.rank
+    def __init__(
+        self, trainer: Trainer, start: int, checkpoints: Checkpoints, history: dict[int, Row], rows: RowSink
+    ) -> None:
+        self._config, self._rank, self._trainer = trainer.config, trainer.worker.rank, trainer
         self._checkpoints, self._rows = checkpoints, rows
-        history = from_rank_0(stored_metrics(run.store) if self._rank == 0 else {})
         self._alarms = Alarms(trainer.config, trainer.length.warmup, history, start)
+        self._skips = Skips(trainer.config, history, start, checkpoints)
 
     @property
     def active(self) -> dict[str, str]:
@@ -253,6 +301,8 @@ class Report:
 
     def __call__(self, step: int, row: Row) -> None:
         """Take the metrics of a step; raises when the run is to stop on what they show."""
+        if "loss" in row:
+            row[COUNT] = self._skips.count
         changed = self._alarms.take(step, row)
         if self._rank == 0:
             self._rows(step, row)
@@ -260,15 +310,28 @@ class Report:
                 self._rows(step, changed)
             for message in self._alarms.messages(step, changed):
                 log.warning(message)
-        if self._config.monitor.stop_on_collapse and "collapse" in self.active:
-            self._stop(step)
+        self._check(step, row)
+        fatal = {"collapse": self._config.monitor.stop_on_collapse, "spike": self._config.guard.spike == "stop"}
+        for alarm in self.active:
+            if fatal.get(alarm):
+                self._stop(alarm, step)
 
-    def _stop(self, step: int) -> None:
+    def skipped(self, step: int, losses: Losses, ids: Tensor) -> None:
+        """Take note that a step was not taken; raises when the run is to stop."""
+        self._skips.take(step, losses.features, ids, self._trainer.loss_scale)
+
+    def _check(self, step: int, row: Row) -> None:
+        _check_bad_samples(row.get("bad_samples", 0), self._config.data.max_bad)
+        loss = row.get("loss", 0.0)
+        if self._trainer.taken and not math.isfinite(loss):
+            raise TrainingFailed(failure(f"the loss is {loss} after step {step}", self._config, self._checkpoints))
+
+    def _stop(self, alarm: str, step: int) -> None:
         self._checkpoints.wait()
-        sound = self._alarms.sound_until()
+        sound = self._alarms.sound_until(alarm)
         kept = [saved for saved in self._checkpoints.steps() if saved <= sound]
         last = f"the last good checkpoint is of step {kept[-1]}" if kept else "no checkpoint from before it is kept"
-        raise TrainingFailed(f"{self._alarms.message('collapse', step)}; {last}")
+        raise TrainingFailed(f"{self._alarms.message(alarm, step)}; {last}")
 
 
 class Meter:
@@ -288,13 +351,16 @@ class Meter:
         return {"epoch": epoch, "images_per_s": rate * self._batch, "eta_s": remaining}
 
 
-def _read_row(losses: Losses, bad_samples: int) -> Row:
-    """Losses averaged, bad samples of the epoch added up over ranks; the loop's one place that waits for the device."""
+def _row(trainer: Trainer, done: int, losses: Losses, bad_samples: int) -> Row:
+    """Losses averaged, bad samples of the epoch added up over ranks, and the rates of the step just taken."""
     names = ["loss", *losses.terms, "bad_samples"]
     values = [losses.total.detach().double(), *(term.double() for term in losses.terms.values())]
     bad = torch.tensor(float(bad_samples), dtype=torch.float64, device=values[0].device)
     row = dict(zip(names, mean_over_ranks(torch.stack([*values, bad])).tolist(), strict=True))
-    return row | {"bad_samples": round(row["bad_samples"] * world_size())}
+    row["bad_samples"] = round(row["bad_samples"] * world_size())
+    row |= {"lr": trainer.lr(done - 1), "weight_decay": trainer.weight_decay(done - 1)}
+    row |= trainer.family.scheduled(done / trainer.length.total)
+    return row if trainer.loss_scale is None else row | {"loss_scale": trainer.loss_scale}
 
 
 def _check_bad_samples(found: float, most: int) -> None:
@@ -304,14 +370,3 @@ def _check_bad_samples(found: float, most: int) -> None:
             f"{found:g} samples of this epoch cannot be decoded, and data.max_bad={most} allows {most}: "
             "find them with 'tessera verify', shard again without them, or raise data.max_bad"
         )
-
-
-def _check_finite(value: float, done: int, checkpoints: Checkpoints) -> None:
-    """Stop a run whose loss or weights are no longer numbers, before that reaches a checkpoint."""
-    if math.isfinite(value):
-        return
-    checkpoints.wait()
-    raise TrainingFailed(
-        f"the loss or a weight is {value} after step {done}: lower optim.lr, set optim.clip_norm=1.0 or lengthen "
-        f"schedule.warmup_epochs; the last good checkpoint is of step {checkpoints.newest_step()}"
-    )

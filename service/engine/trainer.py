@@ -18,6 +18,7 @@ from service.data.stream import Images
 from service.engine.accumulate import backward, parts_of
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import TrainingState
+from service.engine.guard import Buffers
 from service.engine.parallel import wrap
 from service.engine.worker import Worker
 from service.families.base import Batch, Family, Losses
@@ -67,6 +68,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.worker.device.type, enabled=config.compute.precision == "fp16")
         self.state = TrainingState(self.module, self.optimizer, self.averaged, self.scaler)
         self.grad_norm = torch.zeros((), device=self.worker.device)  # of the last step, before clipping
+        self.taken = True  # whether the last step was: its gradient was finite
+        self._buffers = Buffers(self.module)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -78,8 +81,13 @@ class Trainer:
         """Encoders trained beside it, whole, that the final report names; all ranks have to ask."""
         return {name: self.wrapped.full(module) for name, module in self.family.others.items()}
 
+    @property
+    def loss_scale(self) -> float | None:
+        """Factor of fp16's loss; None in other precisions."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+
     def step(self, step: int, images: Images, ids: Tensor) -> Losses:
-        """Take optimiser step `step` (from 0) on this rank's slice of the batch.
+        """Take optimiser step `step` (from 0) on this rank's slice of the batch; if not `taken`, nothing has changed.
 
         Args:
             step: number of the step.
@@ -88,6 +96,7 @@ class Trainer:
         """
         set_rates(self.optimizer, self.lr(step), self.weight_decay(step))
         batch = self._batch(images, ids, step)
+        self._buffers.keep()
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
             self.module,
@@ -97,23 +106,27 @@ class Trainer:
             autocast=partial(self.worker.autocast, self.config.compute.precision),
             scale=self.scaler.scale,
         )
-        if self._update():
-            self.family.after_step((step + 1) / self.length.total)
-            if self.averaged is not None:
-                self.averaged.update(self.family.encoder)
+        self.taken = self._update()
+        if not self.taken:
+            self._buffers.put_back()
+            return losses
+        self.family.after_step((step + 1) / self.length.total)
+        if self.averaged is not None:
+            self.averaged.update(self.family.encoder)
         return losses
 
     def _update(self) -> bool:
-        """Take the optimiser's step and say whether it was taken: fp16 skips it when a gradient overflows."""
+        """Take the optimiser's step if the gradient is finite, which is the same on all ranks; say whether it was."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         self.grad_norm = total_norm(gradients)
-        if self.config.optim.clip_norm is not None:
-            torch._foreach_mul_(local(gradients), (self.config.optim.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1))
-        self.scaler.step(self.optimizer)
-        before = self.scaler.get_scale()  # with the next, all that fp16 waits for the device for
+        taken = bool(self.grad_norm.isfinite())  # waits for the device, as nothing else in a step does
+        if taken:
+            if (most := self.config.optim.clip_norm) is not None:
+                torch._foreach_mul_(local(gradients), (most / (self.grad_norm + 1e-6)).clamp(max=1))
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= before
+        return taken
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""

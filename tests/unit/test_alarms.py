@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from datasets_prep.errors import UserError
 from jobs import recipes
 from service.engine.alarms import CURES, Alarms, cure, judge
 from tests.configs import tiny
@@ -55,6 +56,7 @@ def test_losses_that_cannot_be_told_from_the_first_are_no_learning():
     assert judged(series(loss=[2.5, *flat])) == set()
     assert judged(series(loss=[2.0 * 0.95**i for i in range(20)])) == set()
     assert judged(series(loss=[math.nan, *flat])) == set()
+    assert judged(series(loss=[*flat, math.nan])) == {"no_learning"} and judged(series(loss=[math.nan] * 20)) == set()
 
 
 def test_a_probe_that_falls_with_the_loss_is_over_fitting():
@@ -146,6 +148,42 @@ def test_a_first_loss_that_is_not_known_raises_nothing():
 
 def test_the_last_sound_step():
     alarms = Alarms(config(), 0, {}, 0)
-    assert alarms.sound_until() == 0
+    assert alarms.sound_until("collapse") == 0
     told(alarms, (10, 20, 30))
-    assert alarms.sound_until() == 10
+    assert alarms.sound_until("collapse") == 10
+
+
+NOISE = [2.0 + 0.1 * math.sin(12.9898 * i * i) for i in range(300)]
+
+
+def spiked(losses, config=None, **changes):
+    config = config or tiny(**{f"guard__{name}": value for name, value in changes.items()})
+    return judge(series(loss=losses), config, warmup=0).get("spike")
+
+
+def test_a_leap_of_the_loss_is_a_spike():
+    assert spiked([*[1.0, 3.0] * 25, 40.0]) == "loss 40 after 2 ± 1.5"
+    assert spiked([*NOISE[:20], 4.0]) and not spiked([*NOISE[:19], 4.0])
+    assert not spiked([*NOISE, 4.0], spike="none") and spiked([*NOISE, 4.0], spike="stop")
+    assert spiked([*NOISE, 2.5], spike_deviations=3) and not spiked([*NOISE, 2.5])
+    assert spiked([*NOISE, *[4.0] * 20]) and not spiked([*NOISE, *[4.0] * 60])  # a new level becomes the usual one
+
+
+def test_noise_falling_losses_and_holes_are_no_spike():
+    plain = config()
+    assert not any(spiked(NOISE[:n], plain) for n in range(1, 301, 3))
+    falling = [10 * 0.98**i + noise for i, noise in enumerate(NOISE)]
+    assert not any(spiked(falling[:n], plain) for n in range(1, 301, 3))
+    assert not spiked([*NOISE, -4.0]) and not spiked([*NOISE, math.nan])
+    assert spiked([*NOISE, math.nan, 4.0])
+    assert not spiked([*[1.0] * 50, 1.005]) and spiked([*[1.0] * 50, 1.01])
+
+
+def test_a_spike_needs_the_alarms_to_end_a_run():
+    with pytest.raises(UserError, match="guard.spike=stop acts on an alarm, and monitor.alarms=False raises none"):
+        tiny(guard__spike="stop", monitor__alarms="false")
+    alarms = Alarms(tiny(), 0, {}, 0)
+    for step, loss in enumerate([*NOISE, 4.0], 1):
+        alarms.take(step, {"loss": loss})
+    assert "spike" in alarms.active and alarms.sound_until("spike") == 300
+    assert "lower optim.lr" in alarms.message("spike", 301)

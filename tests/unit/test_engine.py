@@ -210,6 +210,17 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(few_digits, tmp_path,
     assert result["resumed_from"] == 2
     assert losses(after) == {step: loss for step, loss in losses(whole).items() if step > 2}
     assert f"checkpoint {newest.name} is unusable" in caplog.text and victim.name in caplog.text
+    check_goodput(result["goodput"], after[6])
+
+
+def check_goodput(found, row):
+    """Of a run that died after five steps and went on from the second."""
+    assert (found["steps"], found["lost_steps"], found["outcome"]) == (6, 3, "finished")
+    assert [(each["cause"], each["step"], each["lost_steps"]) for each in found["restarts"]] == [("Killed", 2, 3)]
+    assert set(found["seconds"]) == {"step", "lost", "data", "evaluate", "checkpoint", "start", "restore", "down"}
+    assert min(found["seconds"].values()) >= 0 and found["seconds"]["lost"] > 0
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
+    assert {"goodput": found["goodput"], "lost_steps": 3, "restarts": 1}.items() <= row.items()
 
 
 def test_a_torn_checkpoint_does_not_count(few_digits, tmp_path):

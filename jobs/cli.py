@@ -65,6 +65,7 @@ def up(data: Path, s3: bool, cpus: int | None, as_json: bool) -> None:
     from cluster import local
 
     stack = local.up(data, s3=s3, cpus=cpus, report=lambda line: click.echo(line, err=as_json))
+    _reconcile(_profile("local"))
     _links(as_json)
     if not as_json:
         click.echo(f"runs are kept in {stack.storage_uri}; `tessera down` stops the stack and keeps them")
@@ -236,6 +237,13 @@ def _profile(cluster: str) -> Profile:
     return profile
 
 
+def _reconcile(profile: Profile) -> None:
+    from jobs import submit as submitting
+
+    for run in submitting.reconcile(profile):
+        note(f"{run} is over, its driver died: MLflow knows now")
+
+
 @cli.group()
 def jobs() -> None:
     """List, follow and stop jobs."""
@@ -248,7 +256,9 @@ def list_jobs(cluster: str, as_json: bool) -> None:
     """List the jobs of runs, oldest first."""
     from jobs import submit as submitting
 
-    with submitting.job_client(_profile(cluster)) as client:
+    profile = _profile(cluster)
+    _reconcile(profile)
+    with submitting.job_client(profile) as client:
         rows: list[dict[str, Any]] = [
             {
                 "run": (job.metadata or {}).get("run"),

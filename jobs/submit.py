@@ -19,7 +19,7 @@ from cluster.profiles import Profile
 from datasets_prep.errors import UserError
 from jobs import package
 from jobs.plan import Plan, check_resources
-from jobs.train import RESULT, STATE, is_finished
+from jobs.train import RESULT, STATE, is_finished, outcome
 from service.data.store import Store
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
             return submission("planned")
         if is_finished(root.sub(name)):
             return submission("finished")
+        reconcile(profile)
         with job_client(profile) as client:
             jobs = jobs_of(client, name)
             for job in jobs:
@@ -87,6 +88,16 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
                 metadata={"run": name, "recipe": config.name, "commit": built.commit or "none"},
             )
         return submission("resumed" if started else "submitted", identifier)
+
+
+def reconcile(profile: Profile) -> list[str]:
+    """End the MLflow runs whose driver died, and return their names; none while MLflow is away."""
+    from service import tracking
+
+    try:
+        return tracking.reconcile(profile.tracking_uri, profile.storage_uri, outcome)
+    except tracking.TrackingAway:
+        return []
 
 
 def _job_environment(profile: Profile, job: str, commit: str | None) -> dict[str, str]:

@@ -14,31 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from datasets_prep.errors import UserError
 from jobs import package, plan, recipes
+from jobs.worker import Payload, WorkersFailed
+from service import tracking
 from service.config import RunConfig
 from service.data.store import Store, StoreUnavailable
-from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease
+from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease, living_holder, newest_epoch
 
 RESULT, STATE = "result.json", "state.json"
 STANDBY_SECONDS = 5.0
-FLUSH_SECONDS = 30.0
-_OF_LINE = ("epoch", "lr", "weight_decay", "momentum", "images_per_s")  # not among the losses of a progress line
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What a worker is told; plain values, so that Ray can carry it."""
-
-    config: dict[str, Any]
-    storage: str
-    lease_epoch: int
-    tracking_uri: str
-    mlflow_run: str
+PATIENCE_SECONDS = 300.0  # with MLflow, when all but telling it is done
+T = TypeVar("T")
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +41,7 @@ def main(arguments: list[str]) -> int:
     try:
         made = plan.make(recipes.load(arguments[0], arguments[1:]))
         result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
-    except StoreUnavailable as error:
+    except (StoreUnavailable, tracking.TrackingAway) as error:
         print(f"failed: {error}; the same command resumes the run", file=sys.stderr)
         return 1
     except UserError as error:
@@ -82,8 +72,6 @@ def storage_root() -> Store:
 
 def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, Any]:
     """Carry a run to its end, whichever part of that is still to do, and return its result."""
-    from service import tracking
-
     if not tracking_uri:
         raise UserError("MLFLOW_TRACKING_URI is not set: give it the address of an MLflow server")
     code = package.code_hash()
@@ -94,16 +82,17 @@ def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, A
     if lease is None:
         return json.loads(run.get(RESULT))
     with lease:
-        tracking.check(tracking_uri)
         state = _open_tracking(made, run, tracking_uri, name, code)
         payload = Payload(made.config.plain(), run.uri, lease.epoch, tracking_uri, state["mlflow_run"])
         try:
             if not run.exists(RESULT):
-                fit(made.config, payload)
+                from jobs import supervise  # Ray takes a second to import
+
+                supervise.fit(made.config, payload)
             result = json.loads(run.get(RESULT))
             check_lease(run, lease.epoch)
-            result |= register(run, tracking_uri, state, made.config)
-            _draw(run, tracking_uri, state["mlflow_run"])
+            result |= _patiently(lambda: register(run, tracking_uri, state, made.config))
+            _patiently(lambda: _draw(run, tracking_uri, state["mlflow_run"]))
             check_lease(run, lease.epoch)
         except BaseException as error:
             check_lease(run, lease.epoch)  # a driver that was replaced leaves the MLflow run to its successor
@@ -136,12 +125,14 @@ def is_finished(run: Store) -> bool:
 
 def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) -> dict[str, str]:
     """Create the MLflow run, or continue the one that an earlier driver of this run created."""
-    from service import tracking
-
     if run.exists(STATE):
         state = json.loads(run.get(STATE))
-        tracking.reopen(uri, state["mlflow_run"])
+        try:
+            tracking.reopen(uri, state["mlflow_run"])
+        except tracking.TrackingAway as error:  # what it should know waits in the run's storage
+            print(f"warning: going on without MLflow: {error}", file=sys.stderr)
         return state
+    tracking.check(uri)
     tags = {
         "run": name,
         "recipe": made.config.name,
@@ -158,114 +149,44 @@ def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) 
 
 def _draw(run: Store, uri: str, run_id: str) -> None:
     """Keep the run's curves as a picture, in its storage and in MLflow."""
-    from service import plots, tracking
+    from service import plots
 
     png = plots.curves(tracking.stored_metrics(run))
     run.put("pictures/curves.png", png)
     tracking.log_picture(uri, run_id, "curves.png", png)
 
 
-def _end_tracking(uri: str, run_id: str, status: Any) -> None:
-    from service import tracking
+def _patiently(tell: Callable[[], T]) -> T:
+    """Tell MLflow something, again and again while it is away, up to a deadline."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return tell()
+        except tracking.TrackingAway as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"waiting for MLflow: {error}", file=sys.stderr, flush=True)
+            time.sleep(STANDBY_SECONDS)
 
+
+def outcome(run: Store, mlflow_run: str) -> Literal["FINISHED", "KILLED"] | None:
+    """Say how a run that MLflow takes for running ended; None while a driver carries it on."""
+    if living_holder(run, newest_epoch(run)) is not None:
+        return None
+    mine = run.exists(STATE) and json.loads(run.get(STATE))["mlflow_run"] == mlflow_run
+    return "FINISHED" if mine and is_finished(run) else "KILLED"
+
+
+def _end_tracking(uri: str, run_id: str, status: Any) -> None:
     try:
         tracking.finish(uri, run_id, status)
     except UserError as error:
         print(f"warning: the MLflow run stays open: {error}", file=sys.stderr)
 
 
-class WorkersFailed(RuntimeError):
-    """Training failed in the workers; `user` tells whether bad input was the cause."""
-
-    def __init__(self, message: str, user: bool) -> None:
-        super().__init__(message)
-        self.user = user
-
-
-def fit(config: RunConfig, payload: Payload) -> None:
-    """Train on Ray's workers; returns when all have ended well."""
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRun
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # else every line of a worker shows twice
-    if not ray.is_initialized():
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    there = ray.cluster_resources()
-    gpu = plan.check_resources(config, there.get("CPU", 0), there.get("GPU", 0))
-    resources = {"CPU": config.parallel.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
-    with tempfile.TemporaryDirectory(prefix="tessera-ray-") as scratch:  # Ray wants a place; nothing of ours goes there
-        trainer = TorchTrainer(
-            run_worker,
-            train_loop_config=vars(payload),
-            scaling_config=ScalingConfig(
-                num_workers=config.parallel.workers, use_gpu=gpu, resources_per_worker=resources
-            ),
-            run_config=RayRun(
-                storage_path=scratch, failure_config=FailureConfig(max_failures=config.parallel.max_restarts)
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            failures = list(getattr(error, "worker_failures", {}).values())
-            raise WorkersFailed(str(failures[0] if failures else error), any(map(_is_user_error, failures))) from error
-
-
-def _is_user_error(error: BaseException) -> bool:
-    """Say whether bad input was the cause, which an outage of the storage is not."""
-    root = getattr(error, "cause", None) or error
-    return isinstance(root, UserError) and not isinstance(root, StoreUnavailable)
-
-
-def run_worker(payload: dict[str, Any]) -> None:
-    """Train in one worker process, under Ray Train or torchrun alike."""
-    from service.engine.loop import Run, train
-    from service.tracking import Tracker
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    told = Payload(**payload)
-    config = RunConfig.model_validate(told.config)
-    run = Run(Store(told.storage), told.lease_epoch)
-    if int(os.environ.get("RANK", 0)) != 0:
-        train(config, run)
-        return
-    tracker = Tracker(run.store, told.tracking_uri, told.mlflow_run)
-    try:
-        train(config, run, rows=progress(tracker.log), flush=lambda: tracker.flush(FLUSH_SECONDS))
-    finally:
-        tracker.close()
-
-
-def progress(log: Callable[[int, dict[str, float]], None]) -> Callable[[int, dict[str, float]], None]:
-    """Pass rows on, and print one as a line every few seconds."""
-    printed = 0.0
-
-    def take(step: int, row: dict[str, float]) -> None:
-        nonlocal printed
-        eta = row.pop("eta_s", None)
-        log(step, row)
-        if "val_linear" in row:
-            print(
-                f"step {step:>6}  validation probe {row['val_linear']:.2f} ± {row['val_linear_se']:.2f} %", flush=True
-            )
-        elif eta is not None and (time.monotonic() - printed > 2 or eta == 0):
-            printed = time.monotonic()
-            terms = "  ".join(f"{name} {row[name]:.4g}" for name in row if name not in _OF_LINE)
-            print(
-                f"step {step:>6}  epoch {row['epoch']:.1f}  {terms}  lr {row['lr']:.2g}  "
-                f"{row['images_per_s']:.0f} images/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
-                flush=True,
-            )
-
-    return take
-
-
 def register(run: Store, tracking_uri: str, state: dict[str, str], config: RunConfig) -> dict[str, Any]:
     """Register a trained run's encoder and move `champion` if it is better; safe to repeat."""
-    from service import export, tracking
+    from service import export
 
     scores = json.loads(run.get("encoder/scores.json"))
     with tempfile.TemporaryDirectory(prefix="tessera-encoder-") as local:
@@ -292,8 +213,6 @@ def find_run(name: str, storage_uri: str) -> tuple[Store, dict[str, str]]:
 
 def register_again(name: str, storage_uri: str, tracking_uri: str) -> dict[str, Any]:
     """Register the encoder of a run that has trained, and end its MLflow run."""
-    from service import tracking
-
     run, state = find_run(name, storage_uri)
     if not run.exists(RESULT):
         raise UserError(f"run {name!r} has not finished training: submit it again to resume it")

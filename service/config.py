@@ -156,6 +156,9 @@ class Data(Frozen):
     mode: Literal["auto", "resident", "stream"] = Field("auto", description="resident: decode once into memory")
     resident_gb: Positive = Field(4.0, description="largest decoded training split that `auto` keeps in memory, in GB")
     cache_gb: Positive = Field(20.0, description="byte budget of a node's shard cache, in GB")
+    deadline_minutes: Positive = Field(
+        5.0, description="how long the store of the data may be away before the run fails"
+    )
     prefetch: Count = Field(8, description="shards fetched at once, at most one window ahead")
     max_bad: Annotated[int, Field(ge=0)] = Field(
         0, description="samples of an epoch that may be unreadable and are replaced by others"
@@ -721,7 +724,28 @@ class Parallel(Frozen):
     )
     cpus_per_worker: Positive = Field(1.0, description="CPUs that Ray reserves for a worker")
     sync_batchnorm: bool = Field(False, description="batch-norm statistics over all workers, not each worker's own")
-    max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="restarts after a lost worker")
+    min_workers: Count | None = Field(
+        None,
+        description="fewest workers that the run goes on with while there is no room for all; none: all or nothing",
+    )
+    max_crashes: Annotated[int, Field(ge=0)] = Field(
+        2, description="restarts after an error of the code, before a newer checkpoint allows as many again"
+    )
+    max_lost: Annotated[int, Field(ge=0)] = Field(
+        50, description="restarts after lost workers, nodes or storage, before a newer checkpoint allows as many again"
+    )
+    hang_minutes: Positive = Field(
+        10.0, description="how long a worker may make no progress before it ends itself, with its threads' stacks"
+    )
+    start_minutes: Positive = Field(10.0, description="how long the run waits for room for its workers")
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Parallel:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than workers={self.workers}: lower it, or raise workers"
+            )
+        return self
 
 
 class Eval(Frozen):
@@ -802,7 +826,7 @@ class Guard(Frozen):
     )
 
 
-_OF_THE_READER = ("uri", "mode", "resident_gb", "cache_gb", "prefetch", "workers")
+_OF_THE_READER = ("uri", "mode", "resident_gb", "cache_gb", "deadline_minutes", "prefetch", "workers")
 
 
 class RunConfig(Frozen):
@@ -912,6 +936,11 @@ class RunConfig(Frozen):
             if isinstance(encoder, ViT) and side % encoder.patch_size:
                 raise ValueError(f"family.encoder.patch_size={encoder.patch_size} does not divide data.{name}={side}")
         self.family.check(self.data)
+        if self.parallel.hang_minutes <= self.data.deadline_minutes:
+            raise ValueError(
+                f"parallel.hang_minutes={self.parallel.hang_minutes:g} would end workers that wait for their data, for "
+                f"data.deadline_minutes={self.data.deadline_minutes:g} at most: raise the one or lower the other"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:

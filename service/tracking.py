@@ -11,13 +11,14 @@ import logging
 import math
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,15 @@ _FLUSH_SECONDS = 5.0
 _RETRY_SECONDS = 10.0  # between attempts while MLflow is away
 _CHUNK_ROWS = 1000  # a chunk is rewritten as it grows, so that a long run leaves hundreds of objects, not 100,000
 _BATCH = 1000  # metrics that MLflow takes in one request
+_NO_ANSWER = re.compile(r"failed with exception|too many \d+ error responses|error code 50[234]|Connection|timed out")
 _PARAM_BATCH, _PARAM_LENGTH = 100, 6000  # likewise parameters, and their longest value
+
+
+Ended = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingAway(UserError):
+    """MLflow gives no answer; what was to be told to it can be told later."""
 
 
 def check(uri: str) -> None:
@@ -69,7 +78,7 @@ def check(uri: str) -> None:
         except urllib.error.HTTPError:
             pass  # something answers; the client below finds out whether it is MLflow
         except (OSError, ValueError) as error:
-            raise UserError(f"no MLflow at {uri} ({getattr(error, 'reason', error)}): {fix}") from error
+            raise TrackingAway(f"no MLflow at {uri} ({getattr(error, 'reason', error)}): {fix}") from error
     with _faults(uri):
         _client(uri).search_experiments(max_results=1)
 
@@ -102,10 +111,30 @@ def reopen(uri: str, run_id: str) -> None:
         _client(uri).update_run(run_id, status="RUNNING")
 
 
-def finish(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+def finish(uri: str, run_id: str, status: Ended) -> None:
     """End a run."""
     with _faults(uri):
         _client(uri).set_terminated(run_id, status)
+
+
+def reconcile(uri: str, storage: str, outcome: Callable[[Store, str], Ended | None]) -> list[str]:
+    """End the runs that MLflow takes for running although nobody carries them on; returns their names.
+
+    Args:
+        uri: MLflow's address.
+        storage: address below which the runs lie that may be judged.
+        outcome: says how the run in a storage, of an MLflow run's id, ended; None while it goes on.
+    """
+    ended: list[str] = []
+    with _faults(uri):
+        client = _client(uri)
+        experiments = [found.experiment_id for found in client.search_experiments()]
+        for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
+            at = run.data.tags.get("storage", "")
+            if at.startswith(f"{storage.rstrip('/')}/") and (status := outcome(Store(at), run.info.run_id)):
+                client.set_terminated(run.info.run_id, status)
+                ended.append(run.data.tags["run"])
+    return ended
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -132,7 +161,8 @@ def _faults(uri: str) -> Generator[None]:
         yield
     except (MlflowException, OSError) as error:
         reason = str(error).strip().split("\n")[0][:500]
-        raise UserError(f"MLflow at {uri} failed ({reason}): check the server, its address and your access") from error
+        kind = TrackingAway if _NO_ANSWER.search(reason) else UserError
+        raise kind(f"MLflow at {uri} failed ({reason}): check the server, its address and your access") from error
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -234,6 +264,8 @@ class Tracker:
             with self._changed:
                 self._changed.wait_for(lambda: self._hurry or self._closing, self._flush_seconds)
                 self._hurry, last = False, self._closing
+            if not (self._logged or last):
+                continue  # until the first step nothing competes with it, importing MLflow least of all
             try:
                 while not self._queue.empty():
                     chunks.add(self._queue.get())

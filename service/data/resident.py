@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service import watchdog
 from service.data.budget import ATTEMPTS, ErrorBudget, over_budget, replacement
 from service.data.cache import cache_root
 from service.data.decode import DECODER, decode_rgb, fit
@@ -38,6 +39,7 @@ def decode_split(split: DataSplit, side: int, workers: int, max_bad: int = 0) ->
     first = 0
     with ThreadPoolExecutor(workers) as pool:
         for shard in split.rows.shards:
+            watchdog.beat()
             opened = split.open_shard(shard)
 
             def decode(row: int, opened=opened, first=first) -> None:

@@ -159,7 +159,7 @@ class DataSplit:
 def open_sources(data: Data) -> list[DataSplit]:
     """Splits to train on: that of `data.uri`, or those of the mixture."""
     named = [(source.uri, source.split) for source in data.mixture.values()] or [(data.uri, data.train_split)]
-    stores = [(Store(uri), name) for uri, name in named]
+    stores = [(Store(uri, 60 * data.deadline_minutes), name) for uri, name in named]
     return [DataSplit(store, read_index(store), name) for store, name in stores]
 
 

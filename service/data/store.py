@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 16 << 20  # S3 allows 10,000 parts: objects up to 156 GiB
 _CHUNK_BYTES = 4 << 20
+_SILENCE_SECONDS = 30.0
 _STAGED = re.compile(r"#\d+$")  # of a file that is being written: obstore does not list such names
 
 
@@ -171,7 +172,8 @@ class Store:
         scheme = urlsplit(self.uri).scheme
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         plain = scheme == "http" or endpoint.startswith("http://")
-        http: ClientConfig = {"timeout": deadline / 2, "allow_http": plain}  # of one request: a silent one is repeated
+        timeout = timedelta(seconds=min(self.deadline / 2, _SILENCE_SECONDS))
+        http: ClientConfig = {"timeout": timeout, "allow_http": plain}  # of one request: a silent one is repeated
         if scheme not in ("s3", "s3a"):
             return from_url(self.uri, retry_config=retry, client_options=http)
         return from_url(self.uri, retry_config=retry, client_options=http, credential_provider=self._profile())

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from threading import Event, Thread
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from service.data.store import Store
 
 BEAT_SECONDS = 3.0
-DEAD_AFTER_SECONDS = 20.0
+DEAD_AFTER_SECONDS = 60.0  # longer than a store's outage and the pauses of its retries after it
+RECHECK_SECONDS = 8.0
 
 
 class LeaseLost(RuntimeError):
@@ -77,10 +79,33 @@ def living_holder(run: Store, epoch: int) -> Holder | None:
     if epoch == 0:
         return None
     holder = Holder(**json.loads(run.get(_name(epoch))))
-    beat_name = f"lease/{epoch:06d}.beat"
-    beat = float(run.get(beat_name)) if run.exists(beat_name) else 0.0
-    silent = time.time() - beat > DEAD_AFTER_SECONDS
+    silent = time.time() - _last_beat(run, epoch) > DEAD_AFTER_SECONDS
     return None if silent or holder.known_dead() else holder
+
+
+def _last_beat(run: Store, epoch: int) -> float:
+    """When the holder last beat, in seconds since 1970; 0 when it has released the lease."""
+    name = f"lease/{epoch:06d}.beat"
+    return float(run.get(name)) if run.exists(name) else 0.0
+
+
+def _revives(run: Store, epoch: int) -> bool:
+    """Watch a holder on another host that has fallen silent: after an outage of the store all have been silent."""
+    before = _last_beat(run, epoch)
+    if before == 0.0 or Holder(**json.loads(run.get(_name(epoch)))).known_dead():
+        return False
+    time.sleep(RECHECK_SECONDS)
+    return _last_beat(run, epoch) > before
+
+
+def ask_to_stop(run: Store, epoch: int) -> None:
+    """Ask the workers of the driver that holds the lease `epoch` to stop with a checkpoint."""
+    run.put(f"lease/{epoch:06d}.stop", b"")
+
+
+def asked_to_stop(run: Store, epoch: int) -> bool:
+    """Say whether they were asked."""
+    return run.exists(f"lease/{epoch:06d}.stop")
 
 
 class Lease:
@@ -90,7 +115,10 @@ class Lease:
         """Take the next epoch; raises RunAlive when the present holder lives."""
         self.run = run
         newest = newest_epoch(run)  # asked once: who finds N dead may only take N + 1
-        if (holder := living_holder(run, newest)) is not None:
+        holder = living_holder(run, newest)
+        if holder is None and newest > 0 and _revives(run, newest):
+            holder = living_holder(run, newest)
+        if holder is not None:
             raise RunAlive(holder)
         self.epoch = newest + 1
         self._beat()
@@ -109,7 +137,8 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.run.put(f"lease/{self.epoch:06d}.beat", b"0")
+        with suppress(UserError):  # the store is away: silence releases it
+            self.run.put(f"lease/{self.epoch:06d}.beat", b"0")
 
     def _beat(self) -> None:
         self.run.put(f"lease/{self.epoch:06d}.beat", str(time.time()).encode())

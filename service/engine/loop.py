@@ -133,7 +133,7 @@ def _train(
     flush: Callable[[], object],
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any]:
-    data_store = Store(config.data.uri)
+    data_store = Store(config.data.uri, 60 * config.data.deadline_minutes)
     index = read_index(data_store)
     sources = open_sources(config.data)
     plan = make_plan(sources, config.data, config.seed)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service import watchdog
 from service.config import Compute, Data
 from service.data.augment import random_view, resize_normalise
 from service.data.batches import sequential
@@ -41,6 +42,7 @@ def extract(
     encoder.eval()
     parts: list[Tensor] = []
     for images, readable in sequential(split, data, start, stop, batch_size):
+        watchdog.beat()
         x = resize_normalise(images.to(worker.device), data.eval_image_size)
         features = _encode(encoder, x, compute, worker)
         parts.append(torch.cat([features, readable[:, None].float()], 1))
@@ -63,6 +65,7 @@ def extract_views(
     parts: list[Tensor] = []
     first = 0
     for images, readable in sequential(split, data, 0, min(samples, split.samples), _VIEW_BATCH):
+        watchdog.beat()
         ids = torch.arange(first, first + len(images), device=worker.device)
         first += len(images)
         options = {"config": data.augment, "size": data.eval_image_size, "seed": 0, "epoch": 0}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets_prep.errors import UserError
+from service import watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def _minimise(objective: _Objective, tolerance: float, iterations: int) -> Tenso
     value, gradient = objective(theta)
     pairs: list[tuple[Tensor, Tensor]] = []
     for _ in range(iterations):
+        watchdog.beat()
         moving = gradient.abs().amax((1, 2), keepdim=True) > tolerance
         if not moving.any():
             return theta

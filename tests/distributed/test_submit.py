@@ -236,7 +236,6 @@ def test_a_failed_job_gives_its_exit_code_and_the_cure(stack, tessera, digits):
         "optim.kind=sgd",
         "optim.lr=1e18",
         "schedule.warmup_epochs=0",
-        "parallel.max_restarts=0",
         "schedule.steps=8",
     ]
     command = ["submit", "demo", *SMALL, *settings, f"data.uri={digits}"]

@@ -238,3 +238,25 @@ def test_an_unknown_encoder_is_refused_with_what_there_is(server, encoder_dir):
         tracking.model_info(server.uri, "models:/known@champion")
     with pytest.raises(UserError, match="known has no /7: it has /1"):
         tracking.model_info(server.uri, "models:/known/7")
+
+
+def test_runs_that_nobody_carries_on_are_ended_and_no_others(server, client, tmp_path):
+    from jobs.train import STATE, outcome
+    from service.engine.lease import Lease
+
+    def begun(name, at=tmp_path):
+        store = Store(at / name)
+        run_id = tracking.create_run(server.uri, "tests", name, CONFIG, {"run": name, "storage": store.uri})
+        store.put(STATE, json.dumps({"mlflow_run": run_id}).encode())
+        return store, run_id
+
+    (alive, living), (_, dead), (finished, trained) = begun("alive"), begun("dead"), begun("finished")
+    (_, foreign), (_, superseded) = begun("foreign", tmp_path.parent / "elsewhere"), begun("dead")
+    finished.put("result.json", json.dumps({"model_uri": "models:/demo/1"}).encode())
+    with Lease(alive):
+        ended = tracking.reconcile(server.uri, str(tmp_path), outcome)
+        assert sorted(ended) == ["dead", "dead", "finished"]
+        status = {run: client.get_run(run).info.status for run in (living, dead, superseded, trained, foreign)}
+        assert list(status.values()) == ["RUNNING", "KILLED", "KILLED", "FINISHED", "RUNNING"]
+        assert tracking.reconcile(server.uri, str(tmp_path), outcome) == []
+    assert tracking.reconcile(server.uri, str(tmp_path), outcome) == ["alive"]

@@ -41,13 +41,32 @@ def test_a_reused_pid_is_not_the_holder(tmp_path):
     assert Lease(Store(tmp_path)).epoch == 5
 
 
-def test_a_holder_elsewhere_counts_as_long_as_it_beats(tmp_path):
+def test_a_holder_elsewhere_counts_as_long_as_it_beats(tmp_path, monkeypatch):
     run, elsewhere = Store(tmp_path), Holder("elsewhere", 1, 0.0, None)
     abandon(run, 1, elsewhere, time.time())
     with pytest.raises(RunAlive, match="on elsewhere"):
         Lease(run)
+    monkeypatch.setattr(lease, "RECHECK_SECONDS", 0)
     abandon(run, 1, elsewhere, time.time() - lease.DEAD_AFTER_SECONDS - 1)
     assert Lease(run).epoch == 2
+
+
+def test_a_holder_elsewhere_that_an_outage_silenced_keeps_the_run(tmp_path, monkeypatch):
+    run, elsewhere = Store(tmp_path), Holder("elsewhere", 1, 0.0, None)
+    abandon(run, 1, elsewhere, time.time() - lease.DEAD_AFTER_SECONDS - 1)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: abandon(run, 1, elsewhere, time.time()))
+    with pytest.raises(RunAlive, match="on elsewhere"):
+        Lease(run)
+
+
+def test_the_request_to_stop_is_for_one_lease(tmp_path):
+    run = Store(tmp_path)
+    with Lease(run) as held:
+        assert not lease.asked_to_stop(run, held.epoch)
+        lease.ask_to_stop(run, held.epoch)
+        assert lease.asked_to_stop(run, held.epoch)
+    with Lease(run) as next_one:
+        assert next_one.epoch == 2 and not lease.asked_to_stop(run, 2)
 
 
 def test_a_driver_that_comes_back_is_fenced(tmp_path):

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -32,7 +33,7 @@ _PEER = re.compile(
     r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|timed out .*(waiting|after) ",
     re.IGNORECASE,
 )
-_asked = threading.Event()  # to stop, by a signal to this process or through the lease
+_asked = threading.Event()  # to stop, by a signal to this process, through the lease, or with the node
 
 
 class PeerLost(RuntimeError):
@@ -71,6 +72,18 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: _asked.set())
 
 
+def stop_requested() -> bool:
+    """Say whether training is to stop; asked at each step, it is the heartbeat too."""
+    watchdog.beat()
+    return _asked.is_set() or _node_leaves()
+
+
+def _node_leaves() -> bool:
+    """Say whether Ray was told that a node of this run will be taken away; False without Ray."""
+    context = sys.modules.get("ray.train.v2._internal.execution.context")
+    return context is not None and context.get_train_context().preemption_context.preemption_info is not None
+
+
 def run_worker(payload: dict[str, Any]) -> None:
     """Train in one worker process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -88,12 +101,13 @@ def _train(config: RunConfig, told: Payload) -> None:
 
     run = Run(Store(told.storage), told.lease_epoch)
     if int(os.environ.get("RANK", 0)) != 0:
-        train(config, run)
+        train(config, run, stop_requested=stop_requested)
         return
     tracker = Tracker(run.store, told.tracking_uri, told.mlflow_run)
     try:
         with _watching(run):
-            train(config, run, rows=progress(tracker.log), flush=lambda: tracker.flush(FLUSH_SECONDS))
+            rows = progress(tracker.log)
+            train(config, run, rows, lambda: tracker.flush(FLUSH_SECONDS), stop_requested)
     finally:
         tracker.close()
 
@@ -101,10 +115,12 @@ def _train(config: RunConfig, told: Payload) -> None:
 @contextmanager
 def _told_apart() -> Generator[None]:
     """Raise what a supervisor can judge without importing what raised it."""
-    from service.engine.loop import TrainingFailed
+    from service.engine.loop import Interrupted, TrainingFailed
 
     try:
         yield
+    except Interrupted as error:
+        raise Stopped(str(error)) from None
     except TrainingFailed as error:
         raise GivenUp(str(error)) from error
     except (RuntimeError, OSError) as error:

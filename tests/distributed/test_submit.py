@@ -150,29 +150,62 @@ def wait_until(condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_killed_and_resubmitted_is_bitwise_the_undisturbed_run(stack, tessera, digits):
-    """SIGKILL of the driver in mid-run; a second driver waits meanwhile; the same command resumes."""
-    settings = [*SMALL, "schedule.steps=300", "checkpoint.every=10 steps", "compute.deterministic=true"]
+def workers(stack):
+    """Train workers of the stack, whichever job they belong to."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if (process.info["cmdline"] or [""])[0].startswith("ray::RayTrainWorker")
+        and (process.info["environ"] or {}).get("TESSERA_STACK") == stack.id
+    ]
+
+
+def test_lost_stopped_and_killed_is_bitwise_the_undisturbed_run(stack, tessera, digits):
+    """SIGKILL of a worker, then the job is stopped, then SIGKILL of the driver; the same command resumes."""
+    settings = [*SMALL, "schedule.steps=500", "checkpoint.every=10 steps", "compute.deterministic=true"]
     command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
     started = json.loads(tessera(*command, "--no-follow", "--json"))
     store = runs(stack, started["run"])
     attached = json.loads(tessera(*command, "--no-follow", "--json"))
     assert (attached["state"], attached["job"]) == ("attached", started["job"])
     wait_until(lambda: newest_step(store) >= 20)
+    workers(stack)[-1].kill()
+    lost = newest_step(store)
+    wait_until(lambda: newest_step(store) >= lost + 20)
+    tessera("jobs", "stop", started["run"])
+    wait_for_end(started["job"])
+    stopped = newest_step(store)
+    assert stopped == max(rows(store)), "the last step before the stop is in a checkpoint"
+    assert mlflow_status(stack, store) == "KILLED"
+    again = json.loads(tessera(*command, "--no-follow", "--json"))
+    wait_until(lambda: newest_step(store) >= stopped + 20)
     os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
-    with submit.job_client(_profile()) as client:
-        wait_until(lambda: client.get_job_status(started["job"]).is_terminal())
-    assert not store.exists("result.json")
+    wait_for_end(again["job"])
+    assert not store.exists("result.json") and mlflow_status(stack, store) == "RUNNING"
+    assert {job["run"] for job in json.loads(tessera("jobs", "list", "--json"))["jobs"]} >= {started["run"]}
+    assert mlflow_status(stack, store) == "KILLED"
     resumed = json.loads(tessera(*command, "--json").splitlines()[-1])
-    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 300
+    assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 500
     undisturbed = json.loads(tessera(*command, "--new", "--json").splitlines()[-1])
     assert undisturbed["run"] != resumed["run"] and undisturbed["resumed_from"] == 0
     expected, got = rows(runs(stack, undisturbed["run"])), rows(store)
-    assert set(expected) == set(got) == set(range(1, 301))
+    assert set(expected) == set(got) == set(range(1, 501))
     assert all(len(values) == 1 for values in expected.values())
-    assert got == expected  # steps taken twice, before the kill and after it, had the same loss too
+    assert got == expected  # steps taken twice, before a kill and after it, had the same loss too
     assert undisturbed["scores"] == resumed["scores"]
-    assert len(leases(store)) == 2
+    assert len(leases(store)) == 3
+
+
+def wait_for_end(job):
+    with submit.job_client(_profile()) as client:
+        wait_until(lambda: client.get_job_status(job).is_terminal())
+
+
+def mlflow_status(stack, store):
+    import mlflow
+
+    client = mlflow.MlflowClient(stack.mlflow_uri, stack.mlflow_uri)
+    return client.get_run(json.loads(store.get("state.json"))["mlflow_run"]).info.status
 
 
 def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):

@@ -1,7 +1,11 @@
-"""Run a function on several gloo ranks and return what each returned; the processes serve all tests of a file."""
+"""Run a function on several gloo ranks and return what each returned.
+
+The processes serve all tests of a file; they are forks of one that has imported what takes long.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -11,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+_IMPORTED = ["torch.distributed.fsdp", "service.models.vit", "service.engine.loop", "tests.families"]
 _pool: list[tuple[Any, Connection]] = []  # a process and our end of its pipe, by rank
 
 
@@ -20,13 +24,14 @@ def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            world, hosts, rendezvous, function, args = pickle.loads(pipe.recv_bytes())
+            world, hosts, rendezvous, environ, task = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         local = world // hosts
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local))
+        os.environ.update(environ, RANK=str(rank), LOCAL_RANK=str(rank % local))
         os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(local))
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        function, args = pickle.loads(task)  # in the environment that their modules are to see
         answer = function(*args)  # a failure ends the process, after its traceback
         dist.barrier()
         dist.destroy_process_group()
@@ -34,8 +39,8 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 def _start(world: int) -> None:
-    context = mp.get_context("forkserver")  # forks of a process that has imported what is slow to import, and no more
-    context.set_forkserver_preload(["torch.distributed.fsdp", "service.engine.loop", "tests.configs"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
     while len(_pool) < world:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(len(_pool), theirs), daemon=True)
@@ -59,7 +64,8 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, hosts: int = 
     pipes = [pipe for _, pipe in _pool[:world]]
     with tempfile.TemporaryDirectory() as folder:
         for pipe in pipes:
-            pipe.send_bytes(pickle.dumps((world, hosts, f"{folder}/rendezvous", function, args)))
+            task = world, hosts, f"{folder}/rendezvous", dict(os.environ), pickle.dumps((function, args))
+            pipe.send_bytes(pickle.dumps(task))
         answers: dict[int, Any] = {}
         while len(answers) < world:
             for pipe in wait([p for i, p in enumerate(pipes) if i not in answers]):

@@ -136,7 +136,9 @@ for _command in (*cli_data.COMMANDS, *cli_shards.COMMANDS, cli_checkpoints.check
 @cli.command(
     epilog="\b\nExamples:\n  tessera submit demo\n  tessera submit rapid optim.lr=0.3 schedule.epochs=100\n"
     "  tessera submit cifar10-cpu data.uri=s3://data/cifar10 --no-follow\n"
-    "  tessera submit mine.yaml --dry-run\n\nThe same command again follows, resumes or shows the run."
+    "  tessera submit mine.yaml --dry-run\n"
+    "  tessera submit demo optim.lr=0.005 --resume demo-1a2b3c4d5e --allow-change optim.lr\n\n"
+    "The same command again follows, resumes or shows the run."
 )
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -144,13 +146,27 @@ for _command in (*cli_data.COMMANDS, *cli_shards.COMMANDS, cli_checkpoints.check
 @click.option("--dry-run", is_flag=True, help="Check and print the plan; submit nothing.")
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Show the log until the job ends.")
 @click.option("--new", is_flag=True, help="Repeat a run that has finished.")
+@click.option("--resume", metavar="RUN", help="Go on with this unfinished run, whatever config and code began it.")
+@click.option("--allow-change", "allowed", metavar="KEY", multiple=True, help="Setting that may differ from RUN's.")
 @as_json
 def submit(
-    recipe: str, overrides: tuple[str, ...], cluster: str, dry_run: bool, follow: bool, new: bool, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    cluster: str,
+    dry_run: bool,
+    follow: bool,
+    new: bool,
+    resume: str | None,
+    allowed: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Train RECIPE on a cluster: start the run, resume it, follow it or show its result."""
     from jobs import plan, recipes
 
+    if resume is None and allowed or resume is not None and new:
+        raise UserError("--allow-change goes with --resume RUN, and --new does not: add the one or drop the other")
+    if allowed:
+        overrides += (f"checkpoint.allow_changes=[{', '.join(allowed)}]",)
     config = recipes.load(recipe, overrides)
     profile = _profile(cluster)
     made = plan.make(config)
@@ -160,7 +176,7 @@ def submit(
     from jobs import submit as submitting
 
     submitting.prepare(made, profile)
-    done = submitting.submit(made, profile, dry_run=dry_run, new=new)
+    done = submitting.submit(made, profile, dry_run=dry_run, new=new, resume=resume)
     _announce(done, made.summary(), as_json, follow)
     if done.state == "finished":
         _show_result(profile, done.run, as_json)

@@ -53,13 +53,41 @@ def prepare(made: Plan, profile: Profile) -> None:
     tracking.check(profile.tracking_uri)
 
 
-def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = False) -> Submission:
-    """Start, continue, join or just find the run of a plan."""
+def check_resumable(run: Store, made: Plan) -> None:
+    """Check that an unfinished run can go on with a plan's config, whatever it was called by.
+
+    Raises:
+        UserError: no such run, or one that has finished, has nothing to go on from, read other data, or computed what
+            differs otherwise than `checkpoint.allow_changes` admits.
+    """
+    from service.engine import checkpoint  # torch takes seconds to import
+
+    if not run.exists(STATE):
+        raise UserError(f"--resume: there is no run {run.uri}: `tessera jobs list` names the runs")
+    if run.exists(RESULT):
+        raise UserError(f"--resume: {run.uri} has trained: start another run with init_from={run.uri}/encoder")
+    then, now = json.loads(run.get(STATE))["fingerprint"], made.index.fingerprint
+    if then != now:
+        raise UserError(f"--resume: {run.uri} read data of fingerprint {then}, and data.uri has {now}: use its data")
+    store = run.sub("checkpoints")
+    folders = checkpoint.committed(store)
+    if not folders:
+        raise UserError(f"--resume: {run.uri} has no checkpoint to go on from: submit without --resume")
+    checkpoint.check_changes(checkpoint.read_marker(store, folders[-1]), made.config)
+
+
+def submit(
+    made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = False, resume: str | None = None
+) -> Submission:
+    """Start, continue, join or just find the run of a plan, or go on with the run named `resume` by that plan."""
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
         folder = Path(scratch)
         built = package.build(made.config, folder)
         name, config = package.run_name(made.config, made.fingerprint, built.code), made.config
         root = Store(profile.storage_uri)
+        if resume is not None:
+            check_resumable(root.sub(resume), made)
+            name = resume
         while new and root.exists(f"{name}/{RESULT}"):
             config = config.model_copy(update={"repeat": config.repeat + 1})
             name = package.run_name(config, made.fingerprint, built.code)
@@ -84,7 +112,10 @@ def submit(made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = F
             client.submit_job(
                 entrypoint=f"python -m jobs.train {package.CONFIG_NAME}",
                 submission_id=identifier,
-                runtime_env={"working_dir": scratch, "env_vars": _job_environment(profile, identifier, built.commit)},
+                runtime_env={
+                    "working_dir": scratch,
+                    "env_vars": _job_environment(profile, name, identifier, built.commit),
+                },
                 metadata={"run": name, "recipe": config.name, "commit": built.commit or "none"},
             )
         return submission("resumed" if started else "submitted", identifier)
@@ -100,11 +131,12 @@ def reconcile(profile: Profile) -> list[str]:
         return []
 
 
-def _job_environment(profile: Profile, job: str, commit: str | None) -> dict[str, str]:
+def _job_environment(profile: Profile, run: str, job: str, commit: str | None) -> dict[str, str]:
     """Addresses for the driver; keys are not among them, the cluster's own environment has those."""
     return {
         "MLFLOW_TRACKING_URI": profile.tracking_uri,
         "TESSERA_STORAGE": profile.storage_uri,
+        "TESSERA_RUN": run,
         "TESSERA_JOB": job,
         "TESSERA_COMMIT": commit or "none",
         "PYTHONUNBUFFERED": "1",

@@ -75,7 +75,7 @@ def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, A
     if not tracking_uri:
         raise UserError("MLFLOW_TRACKING_URI is not set: give it the address of an MLflow server")
     code = package.code_hash()
-    name = package.run_name(made.config, made.fingerprint, code)
+    name = os.environ.get("TESSERA_RUN") or package.run_name(made.config, made.fingerprint, code)
     run = root.sub(name)
     print(f"run {name}", flush=True)
     lease = _take_lease(run)

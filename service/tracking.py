@@ -126,12 +126,13 @@ def reconcile(uri: str, storage: str, outcome: Callable[[Store, str], Ended | No
         outcome: says how the run in a storage, of an MLflow run's id, ended; None while it goes on.
     """
     ended: list[str] = []
+    below = f"{Store(storage).uri}/"
     with _faults(uri):
         client = _client(uri)
         experiments = [found.experiment_id for found in client.search_experiments()]
         for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
             at = run.data.tags.get("storage", "")
-            if at.startswith(f"{storage.rstrip('/')}/") and (status := outcome(Store(at), run.info.run_id)):
+            if at.startswith(below) and (status := outcome(Store(at), run.info.run_id)):
                 client.set_terminated(run.info.run_id, status)
                 ended.append(run.data.tags["run"])
     return ended

@@ -254,9 +254,9 @@ def test_runs_that_nobody_carries_on_are_ended_and_no_others(server, client, tmp
     (_, foreign), (_, superseded) = begun("foreign", tmp_path.parent / "elsewhere"), begun("dead")
     finished.put("result.json", json.dumps({"model_uri": "models:/demo/1"}).encode())
     with Lease(alive):
-        ended = tracking.reconcile(server.uri, str(tmp_path), outcome)
+        ended = tracking.reconcile(server.uri, tmp_path.as_uri(), outcome)
         assert sorted(ended) == ["dead", "dead", "finished"]
         status = {run: client.get_run(run).info.status for run in (living, dead, superseded, trained, foreign)}
         assert list(status.values()) == ["RUNNING", "KILLED", "KILLED", "FINISHED", "RUNNING"]
-        assert tracking.reconcile(server.uri, str(tmp_path), outcome) == []
-    assert tracking.reconcile(server.uri, str(tmp_path), outcome) == ["alive"]
+        assert tracking.reconcile(server.uri, tmp_path.as_uri(), outcome) == []
+    assert tracking.reconcile(server.uri, tmp_path.as_uri(), outcome) == ["alive"]

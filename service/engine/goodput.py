@@ -38,7 +38,7 @@ _CLOSE_SECONDS = 10.0
 
 
 class Clock:
-    """Seconds by phase, and the steps done: 1 µs a step. Other threads may read it."""
+    """Seconds by phase, and the steps done, for some 10 µs a step. Other threads may read it."""
 
     def __init__(self) -> None:
         self._phase, self._since = "start", time.perf_counter()

@@ -10,9 +10,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from jobs.cli import cli
+from service import tracking
 from service.data.store import Store, StoreUnavailable
 from service.engine import goodput as module
 from service.engine.goodput import Clock, Goodput, Leg, goodput, model, read_events, record
+from service.tracking import Tracker
 
 
 def event(leg, name, at, step=0, stepped=None, steps=0.0, start=1.0, **fields):
@@ -191,6 +193,25 @@ def test_events_wait_while_storage_is_away(tmp_path, monkeypatch, caplog):
     leg.close("finished")
     assert [each["event"] for each in read_events(store)] == ["begin", "restored", "end"]
     assert caplog.text.count("events wait") == 1
+
+
+def test_a_full_disk_keeps_events_and_metrics_waiting_until_there_is_room(small_disk, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_FLUSH_SECONDS", 0.01)
+    store = Store(small_disk / "run")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2**19 - 2**14))
+    with pytest.raises(OSError, match="No space"):
+        (small_disk / "rest").write_bytes(bytes(2**15))
+    tracker, leg = Tracker(store, None, "run", flush_seconds=0.01), Leg(store, Clock())
+    tracker.log(1, {"loss": 0.5})
+    assert not tracker.flush(0.2)
+    while "events wait for the run's storage" not in caplog.text:
+        time.sleep(0.01)
+    assert "metrics wait for the run's storage" in caplog.text and "No space left" in caplog.text
+    filler.unlink()
+    leg.close("finished")
+    assert tracker.close(10) and tracking.stored_metrics(store) == {1: {"loss": 0.5}}
+    assert [each["event"] for each in read_events(store)] == ["begin", "end"]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ BENCHES = $(patsubst tests/bench/%.py,%,$(filter-out tests/bench/_%.py,$(wildcar
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench lock clean
+.PHONY: help setup demo test lint check bench chaos lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ check: lint  ## What CI runs: lint, then test
 bench: setup  ## Run one benchmark: make bench NAME=…
 	@$(if $(filter $(NAME),$(BENCHES)),$(BIN)/python -m tests.bench.$(NAME),\
 		echo "no benchmark NAME=$(NAME): choose one of $(BENCHES)" >&2; exit 2)
+
+chaos: setup  ## Every fault at several seeds on two hosts: make chaos [FAULT="worker killed"] [SEEDS=5]
+	$(BIN)/python -m tests.distributed.chaos $(if $(FAULT),--fault "$(FAULT)") $(if $(SEEDS),--seeds $(SEEDS))
 
 lock: setup  ## Compile requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra local --no-header --no-annotate \

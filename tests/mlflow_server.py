@@ -19,16 +19,17 @@ from tests.servers import free_ports
 class MlflowServer:
     """One server with its database, artifacts and log below `root`."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, host: str = "127.0.0.1"):
+        self.root, self.host = root, host
         self.port = free_ports(1)[0]
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.uri = f"http://{host}:{self.port}"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
         command = [
-            *(sys.executable, "-m", "mlflow", "server", "--workers=1", "--host=127.0.0.1", f"--port={self.port}"),
+            *(sys.executable, "-m", "mlflow", "server", "--workers=1", f"--host={self.host}"),
+            *(f"--port={self.port}", f"--allowed-hosts={self.host}:*"),
             *(f"--backend-store-uri=sqlite:///{self.root / 'mlflow.db'}", "--serve-artifacts"),
             f"--artifacts-destination={self.root / 'artifacts'}",
         ]

@@ -29,6 +29,7 @@ class S3:
     bucket: str = BUCKET
     admin: tuple[str, str] = ("admin-key", "admin-secret")
     reader: tuple[str, str] = ("reader-key", "reader-secret")
+    pid: int = 0
 
     def env(self, keys: tuple[str, str] | None = None) -> dict[str, str]:
         """Environment that leads every S3 client here, as `admin` unless other (access, secret) keys are given."""
@@ -84,7 +85,7 @@ def seaweedfs(root: Path) -> Iterator[S3]:
     try:
         wait_for_port(numbers[0], process)
         _wait_for_bucket(s3)
-        yield s3
+        yield replace(s3, pid=process.pid)
     finally:
         os.kill(process.pid, signal.SIGKILL)  # on SIGTERM it takes 14 s
         process.wait()
@@ -186,8 +187,8 @@ def file_server(root: Path, fault: Callable[[str], int | None] = lambda path: No
 
 
 @contextmanager
-def faulty_proxy(s3: S3, fault: Callable[[str, str], int | None]) -> Iterator[S3]:
-    """Stand before an S3 server and spoil what `fault(method, path)` says.
+def faulty_proxy(s3: S3, fault: Callable[[str, str], int | None], host: str = "127.0.0.1") -> Iterator[S3]:
+    """Stand before an S3 server, at an address of our own, and spoil what `fault(method, path)` says.
 
     It answers None for a request that passes, a status ≥ 400 to reply with instead of asking the server, or 200 to
     pass the request and cut the reply's body in half.
@@ -226,11 +227,11 @@ def faulty_proxy(s3: S3, fault: Callable[[str, str], int | None]) -> Iterator[S3
         def handle_error(self, *_: object) -> None:
             """A client that hangs up on a spoilt request is no news."""
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server((host, 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield replace(s3, endpoint=f"http://127.0.0.1:{server.server_port}")
+        yield replace(s3, endpoint=f"http://{host}:{server.server_port}")
     finally:
         server.shutdown()
         server.server_close()

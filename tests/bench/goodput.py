@@ -1,0 +1,93 @@
+"""Ten minutes of a run on two hosts, a random worker SIGKILLed about every two: the share of time that made progress.
+
+Goodput is the time of the steps that were kept, each counted once at the median step's duration, divided by the wall
+time from the first step to the end. `KILL=node` kills a host instead, which another replaces; `MINUTES`, `EVERY` (s)
+and `SEED` change the rest. The model carries what was measured over to 64 GPUs with one failure an hour and the
+default checkpoint interval: a failure there costs a restart and half an interval.
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from jobs.shard import shard
+from service.config import Checkpoint, parse_interval
+from tests.bench._report import close
+from tests.distributed.chaos.faults import kill_node, kill_worker
+from tests.distributed.chaos.harness import SETTINGS, Life, Scene, lives, pause
+from tests.distributed.chaos.hosts import cluster
+
+MINUTES, EVERY = float(os.environ.get("MINUTES", 10)), float(os.environ.get("EVERY", 120))
+SEED, KILL = int(os.environ.get("SEED", 0)), os.environ.get("KILL", "worker")
+CHANGES = ["schedule={steps: 1000000, warmup_epochs: 1, start_lr: 0}", "checkpoint.every=0.08 minutes"]
+KILLS = {"worker": kill_worker, "node": kill_node}
+
+
+def disturbed(scene: Scene) -> list[float]:
+    """Run for the time given, and return when kills came, in seconds since 1970."""
+    rng = random.Random(SEED)
+    scene.start()
+    scene.wait_for(1)
+    end, kills = time.time() + 60 * MINUTES, []
+    while (pause_s := EVERY * rng.uniform(0.8, 1.2)) < end - time.time():
+        time.sleep(pause_s)
+        kills.append(time.time())
+        KILLS[KILL](scene, rng)
+        scene.wait_for(scene.step() + 1)
+    time.sleep(max(0.0, end - time.time()))
+    scene.end()
+    return kills
+
+
+def shares(ranks: list[Life], kills: list[float]) -> dict[str, float]:
+    """Where the time of rank 0's lives went, as shares of the time from its first step to its last."""
+    lines = [line for life in ranks for line in life.lines]
+    wall = max(line.time for line in lines) - lines[0].time
+    step = median(b.time - a.time for life in ranks for a, b in pairwise(life.lines))
+    kept = len({line.step for line in lines}) - 1
+    twice = len(lines) - 1 - kept
+    down = sum(b.lines[0].time - a.lines[-1].time for a, b in pairwise(ranks))
+    found = {"goodput": kept * step, "taken_twice": twice * step, "restarting": down}
+    found["slow_steps"] = wall - sum(found.values())  # checkpoints, logging and what else lengthens a step
+    return {name: value / wall for name, value in found.items()} | {"step_seconds": step, "wall_seconds": wall}
+
+
+def main() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="tessera-goodput-"))
+    shard("digits", str(folder / "digits"), say=lambda line: None)
+    with cluster(folder / "cluster", cpus=2) as hosts:
+        print(f"hosts: {hosts.kind}; logs in {folder}", file=sys.stderr)
+        settings = [*SETTINGS, f"data.uri={folder / 'digits'}", *CHANGES]
+        scene = Scene(hosts, settings, 1, hosts.env["TESSERA_STORAGE"])
+        try:
+            kills = disturbed(scene)
+        finally:
+            scene.end()
+        ranks = [life for life in lives(scene.witness) if life.rank == 0]
+    found = shares(ranks, kills)
+    pauses = [pause(ranks[n : n + 2], ranks[n].lines[-1].time) for n in range(len(ranks) - 1)]
+    print(json.dumps(found | {"pauses": pauses}), file=sys.stderr)
+    interval = 60 * parse_interval(Checkpoint().every)[0]
+    lost = median(pauses or [0.0]) + interval / 2
+    close(
+        "goodput",
+        found["goodput"],
+        "share of wall time",
+        "a run that nothing disturbs",
+        found["goodput"],
+        kills=len(kills),
+        killed=KILL,
+        seconds_to_a_new_step=median(pauses or [0.0]),
+        where={name: round(share, 4) for name, share in found.items()},
+        model_64_gpus_one_failure_an_hour=1 - lost / 3600,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`make chaos`: every fault at some seeds, as a markdown table and a JSON line; results are kept, so it can be stopped.
+
+A kept result belongs to the code that gave it: other code is tried anew.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from jobs.shard import shard
+from service.data.store import Store
+from tests.bench._contestants import CACHE
+from tests.distributed.chaos import harness
+from tests.distributed.chaos.faults import FAULTS
+from tests.distributed.chaos.hosts import cluster
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="one of the table; repeat for more")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    kept = Store(CACHE / "chaos" / harness.code())
+    wanted = [(name, seed) for seed in range(options.seeds) for name in options.fault or FAULTS]
+    missing = [(name, seed) for name, seed in wanted if not kept.exists(_key(name, seed))]
+    kind = "results kept from before"
+    if missing:
+        kind = _try(missing, kept)
+    results = [json.loads(kept.get(_key(name, seed))) for name, seed in wanted]
+    print(harness.summary(results))
+    bad = [each for each in results if each["outcome"] != harness.PROMISED]
+    for each in bad:
+        print(f"{each['fault']}, seed {each['seed']}, at step {each['at']}: {each['outcome']}", file=sys.stderr)
+    line = {
+        "metric": "chaos",
+        "value": len(results) - len(bad),
+        "unit": "runs that end as promised",
+        "of": len(results),
+    }
+    print(json.dumps(line | {"hosts": kind, "results": results}))
+    return min(1, len(bad))
+
+
+def _try(missing: list[tuple[str, int]], kept: Store) -> str:
+    """Run what is missing on one cluster, keep each result, and say what the hosts were."""
+    folder = Path(tempfile.mkdtemp(prefix="tessera-chaos-"))
+    digits = folder / "digits"
+    shard("digits", str(digits), say=lambda line: None)
+    expected = harness.undisturbed(str(digits), folder / "undisturbed")
+    (folder / "undisturbed.json").write_text(json.dumps(asdict(expected)))
+    with cluster(folder / "cluster", cpus=2) as hosts:
+        print(f"hosts: {hosts.kind}; logs in {folder}", file=sys.stderr)
+        for name, seed in missing:
+            result = harness.disturb(hosts, name, FAULTS[name], seed, str(digits), expected)
+            print(json.dumps(result), file=sys.stderr)
+            kept.put(_key(name, seed), json.dumps(result).encode())
+        return hosts.kind
+
+
+def _key(name: str, seed: int) -> str:
+    return f"{name.replace(' ', '-')}-{seed}.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

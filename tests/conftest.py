@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,14 +67,10 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
     """Three hundred of the embedded digits as shards, for tests that are about the loop and not about scores."""
-    from datasets_prep.sources.digits import open_source
-    from datasets_prep.writer import write_dataset
-    from service.data.store import Store
+    from tests.configs import write_few_digits
 
-    whole = open_source()
     folder = tmp_path_factory.mktemp("few_digits")
-    splits = {"train": whole.splits["train"][:300], "test": whole.splits["test"][:60]}
-    write_dataset(replace(whole, splits=splits), Store(folder))
+    write_few_digits(folder)
     return folder
 
 

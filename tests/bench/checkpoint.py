@@ -25,10 +25,10 @@ from tests.bench._report import alternate, close, ratio
 REPEATS = int(os.environ.get("REPEATS", 5))
 STEPS = 12  # of a block: the background write ends within it
 SETTINGS = [
-    "data={uri: none, image_size: 64, batch_size: 8}",
+    "data={uri: none, image_size: 32, batch_size: 4}",
     "family.encoder={kind: vit, size: small, patch_size: 8}",
     "parallel.workers=1",
-    "compute.threads=0",
+    f"compute.threads={os.cpu_count()}",
 ]
 
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from jobs.shard import shard
 from service.config import Checkpoint, parse_interval
 from tests.bench._report import close
+from tests.configs import write_few_digits
 from tests.distributed.chaos.faults import kill_node, kill_worker
 from tests.distributed.chaos.harness import SETTINGS, Life, Scene, lives, pause
 from tests.distributed.chaos.hosts import cluster
@@ -60,7 +60,7 @@ def shares(ranks: list[Life], kills: list[float]) -> dict[str, float]:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="tessera-goodput-"))
-    shard("digits", str(folder / "digits"), say=lambda line: None)
+    write_few_digits(folder / "digits")
     with cluster(folder / "cluster", cpus=2) as hosts:
         print(f"hosts: {hosts.kind}; logs in {folder}", file=sys.stderr)
         settings = [*SETTINGS, f"data.uri={folder / 'digits'}", *CHANGES]

@@ -10,9 +10,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from jobs.shard import shard
 from service.data.store import Store
 from tests.bench._contestants import CACHE
+from tests.configs import write_few_digits
 from tests.distributed.chaos import harness
 from tests.distributed.chaos.faults import FAULTS
 from tests.distributed.chaos.hosts import cluster
@@ -48,7 +48,7 @@ def _try(missing: list[tuple[str, int]], kept: Store) -> str:
     """Run what is missing on one cluster, keep each result, and say what the hosts were."""
     folder = Path(tempfile.mkdtemp(prefix="tessera-chaos-"))
     digits = folder / "digits"
-    shard("digits", str(digits), say=lambda line: None)
+    write_few_digits(digits)
     expected = harness.undisturbed(str(digits), folder / "undisturbed")
     (folder / "undisturbed.json").write_text(json.dumps(asdict(expected)))
     with cluster(folder / "cluster", cpus=2) as hosts:

@@ -1,17 +1,23 @@
 """One process, two under DDP and two with shards take the same steps; so do shards over all and over each host."""
 
 import os
+from contextlib import suppress
+from itertools import count
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from datasets_prep.errors import UserError
 from service.collectives import local, rank
+from service.data.store import Store
+from service.engine.loop import Interrupted, Run, train
 from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
 from service.engine.worker import start_worker
 from service.families import build_family
 from service.models.vit import SIZES
+from tests.configs import tiny
 from tests.families import GROUP, family_config
 from tests.ranks import on_ranks
 
@@ -145,3 +151,47 @@ def test_the_mean_over_ranks_is_no_sum_in_fp32():
     (alone,) = on_ranks(1, trained, kind, changes, 3)
     for world in (2, 4):
         assert_equal_runs(mean_of(on_ranks(world, trained, kind, [*changes, "parallel.kind=fsdp"], 3)), alone, 1e-3)
+
+
+RUN = {
+    **{name.replace(".", "__"): value for name, value in (each.split("=") for each in [*RESNET, *GROUP])},
+    "data__batch_size": 16,
+    "schedule__steps": 6,
+    "schedule__warmup_epochs": 0,
+    "compute__precision": "fp64",
+    "compute__threads": 1,
+    "eval__weight_ema": 0.5,
+    "eval__every": "2 steps",
+    "checkpoint__snapshot_every": "4 steps",
+}
+
+
+def part_of_a_run(folder, data, changes, stop_after=None):
+    """Losses and validation scores by step, and the result of a run that ends or is stopped."""
+    rows, taken = {}, count(1)
+
+    def take(step, row):
+        rows.setdefault(step, {}).update({k: v for k, v in row.items() if k in ("loss", "val_linear")})
+
+    with suppress(Interrupted):
+        stop = lambda: next(taken) == stop_after  # noqa: E731
+        return rows, train(tiny(data, **RUN, **changes), Run(Store(folder)), take, stop_requested=stop)
+    return rows, None
+
+
+def test_a_run_that_changes_workers_and_kind_ends_as_the_undisturbed_one(few_digits, tmp_path):
+    (whole, wanted), *_ = on_ranks(1, part_of_a_run, tmp_path / "whole", few_digits, {})
+    rows = {}
+    for world, kind, stop_after in ((4, "fsdp", 1), (2, "ddp", 2), (2, "fsdp", None)):
+        changes = {"parallel__kind": kind, "parallel__micro_batch": 4}
+        (some, result), *_ = on_ranks(world, part_of_a_run, tmp_path / "moved", few_digits, changes, stop_after)
+        assert min(some) == len(rows) + 1  # a flag counts a step after it was raised
+        rows |= some
+    assert result["resumed_from"] == 5
+    for step in range(1, 7):
+        assert rows[step] == pytest.approx(whole[step], rel=1e-9), step
+    assert result["scores"]["trained"] == pytest.approx(wanted["scores"]["trained"], rel=1e-6)
+    for name in ("encoder/model.safetensors", "snapshots/step-00000004.safetensors"):
+        found, expected = (load(Store(tmp_path / run).get(name)) for run in ("moved", "whole"))
+        for each, weight in expected.items():
+            torch.testing.assert_close(found[each], weight, rtol=1e-7, atol=1e-10)

@@ -32,7 +32,10 @@ def list_(uri: str, as_json: bool) -> None:
 
     store = _open(uri)
     committed, torn = checkpoint.listed(store)
-    markers = {folder: checkpoint.read_marker(store, folder) for folder in committed}
+    try:
+        markers = {folder: checkpoint.read_marker(store, folder) for folder in committed}
+    except checkpoint.Damaged as error:
+        raise UserError(f"{error}: remove that folder; a run that resumes does so itself") from error
     if as_json:
         rows = [{name: value for name, value in marker.items() if name != "config"} for marker in markers.values()]
         emit({"uri": store.uri, "committed": rows, "torn": torn})
@@ -111,7 +114,10 @@ def _export(store: Store, folder: str, out: Path) -> None:
     from service.export import write_encoder
     from service.families import build_family
 
-    config = config_of(read_marker(store, folder))
+    try:
+        config = config_of(read_marker(store, folder))
+    except Damaged as error:
+        raise UserError(f"{error}: choose another with --step") from error
     family = build_family(config.model_copy(update={"init_from": None}))
     ema = config.eval.weight_ema
     averaged = None if ema is None else WeightAverage(family.encoder, ema)

@@ -114,8 +114,11 @@ def step_and_lease(folder: str) -> tuple[int, int]:
 
 
 def read_marker(store: Store, folder: str) -> dict[str, Any]:
-    """Read what a committed checkpoint says of itself; refuses one of another format."""
-    marker = json.loads(store.get(f"{folder}/{MARKER}"))
+    """Read what a committed checkpoint says of itself; refuses one of another format, and raises `Damaged`."""
+    try:
+        marker = json.loads(store.get(f"{folder}/{MARKER}"))
+    except ValueError as error:
+        raise Damaged(f"{folder}/{MARKER} is no JSON") from error
     found = marker.get("format", 1)
     if found != FORMAT:
         raise UserError(
@@ -160,7 +163,11 @@ def check_changes(marker: dict[str, Any], config: RunConfig) -> bool:
 def faults(store: Store, folder: str) -> list[str]:
     """Read every file of a committed checkpoint, and say which are missing or differ from what was written."""
     found: list[str] = []
-    for name, expected in read_marker(store, folder)["files"].items():
+    try:
+        files = read_marker(store, folder)["files"]
+    except Damaged as error:
+        return [str(error)]
+    for name, expected in files.items():
         try:
             for _ in _checked(store, f"{folder}/{name}", expected):
                 pass
@@ -427,8 +434,11 @@ class Checkpoints:
                 with suppress(UserError):  # or a torn folder would keep the place that the next one needs
                     self._remove(folder)
             raise
-        if rank() == 0:
-            self.after_commit(step)
+        on_rank_0(partial(self._conclude, step), group)
+
+    def _conclude(self, step: int) -> None:
+        self.after_commit(step)
+        with suppress(*_AWAY):  # it is committed; the next one removes what need not stay
             self._prune(step)
 
     def _begin(self) -> str:
@@ -455,11 +465,17 @@ class Checkpoints:
         (folders, torn), keep = listed(self.store), self.config.checkpoint
         staying = {*folders[-keep.keep_last :]}
         if keep.keep_best:
-            scores = {folder: read_marker(self.store, folder)["val_linear"] for folder in folders}
+            scores = {folder: self._score(folder) for folder in folders}
             rated = [folder for folder in folders if scores[folder] is not None]
             staying |= {*sorted(rated, key=lambda folder: scores[folder])[-keep.keep_best :]}
         for old in [*(folder for folder in folders if folder not in staying), *self._orphans(torn, step)]:
             self._remove(old)
+
+    def _score(self, folder: str) -> float | None:
+        try:
+            return read_marker(self.store, folder)["val_linear"]
+        except Damaged:
+            return None
 
     def _orphans(self, torn: list[str], step: int) -> list[str]:
         """Torn folders that nobody writes to any more: of older leases, and of this one below `step`."""

@@ -211,6 +211,22 @@ def test_an_optimiser_that_took_no_step_yet_is_kept_too(tmp_path):
     assert again.restore(other) == 1
 
 
+def test_a_marker_that_broke_is_fallen_back_from(tmp_path, caplog):
+    checkpoints, state = opened(tmp_path, keep_best=1)
+    for step in (1, 2):
+        checkpoints.save(step, state)
+        checkpoints.wait()
+    marker = tmp_path / "step-00000002-lease-0001/COMMIT.json"
+    marker.write_text(marker.read_text()[:-9])
+    assert "COMMIT.json is no JSON" in call("verify", tmp_path, code=1)
+    for arguments in (["list", tmp_path], ["export", tmp_path, "--out", tmp_path / "new"]):
+        done = CliRunner().invoke(cli, ["checkpoints", *map(str, arguments)])
+        assert isinstance(done.exception, UserError) and "is no JSON: " in str(done.exception)
+    again, state = opened(tmp_path, keep_best=1)
+    assert again.restore(state) == 1 and steps(tmp_path) == [1]
+    assert "COMMIT.json is no JSON): removed, falling back to the one before" in caplog.text
+
+
 def test_another_format_is_refused_by_name(tmp_path):
     checkpoints, state = opened(tmp_path)
     checkpoints.save(1, state)

@@ -35,6 +35,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
@@ -48,7 +49,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from datasets_prep.errors import UserError
 from jobs.plan import check_resources
-from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, run_worker, stop_on_sigterm
+from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, listen, run_worker
 from service.config import RunConfig, canonical_partitions
 from service.data.store import Store, StoreUnavailable
 from service.engine.lease import LeaseLost, ask_to_stop, asked_to_stop
@@ -186,11 +187,12 @@ def _announce(address: str, port: int) -> None:
 
 
 class Signals(WorkerCallback):
-    """Sets the signal handler of a worker, which only its main thread may."""
+    """Lets a worker hear that it or its node is to go; only the main thread may set signal handlers."""
 
     def after_init_train_context(self) -> None:
         """Called by Ray on each worker's main thread."""
-        stop_on_sigterm()
+        preemption = get_train_context().preemption_context
+        listen(lambda: preemption.preemption_info is not None)
 
 
 def newest_commit(run: Store) -> str:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -33,7 +32,8 @@ _PEER = re.compile(
     r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|timed out .*(waiting|after) ",
     re.IGNORECASE,
 )
-_asked = threading.Event()  # to stop, by a signal to this process, through the lease, or with the node
+_asked = threading.Event()  # to stop, by a signal to this process or through the lease
+_node_leaves: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 class PeerLost(RuntimeError):
@@ -67,8 +67,10 @@ class Payload:
     mlflow_run: str
 
 
-def stop_on_sigterm() -> None:
-    """Make SIGTERM, by which nodes announce that they go, end training at the next step and with a checkpoint."""
+def listen(node_leaves: Callable[[], bool] = lambda: False) -> None:
+    """Let training end at its next step, with a checkpoint, on SIGTERM or when the node is about to leave."""
+    global _node_leaves
+    _node_leaves = node_leaves
     signal.signal(signal.SIGTERM, lambda signum, frame: _asked.set())
 
 
@@ -78,19 +80,13 @@ def stop_requested() -> bool:
     return _asked.is_set() or _node_leaves()
 
 
-def _node_leaves() -> bool:
-    """Say whether Ray was told that a node of this run will be taken away; False without Ray."""
-    context = sys.modules.get("ray.train.v2._internal.execution.context")
-    return context is not None and context.get_train_context().preemption_context.preemption_info is not None
-
-
 def run_worker(payload: dict[str, Any]) -> None:
     """Train in one worker process."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     told = Payload(**payload)
     config = RunConfig.model_validate(told.config)
     if threading.current_thread() is threading.main_thread():  # else who owns the main thread has done so
-        stop_on_sigterm()
+        listen()
     with watchdog.watch(60 * config.parallel.hang_minutes), _told_apart():
         _train(config, told)
 

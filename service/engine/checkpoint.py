@@ -44,6 +44,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from datasets_prep.errors import UserError
+from service import watchdog
 from service.collectives import gather_objects, is_sharded, local, on_rank_0, own_group, rank
 from service.config import RunConfig, changed_settings
 from service.data.store import NotFound, Store, StoreUnavailable
@@ -403,6 +404,7 @@ class Checkpoints:
                 if not told and rank() == 0:
                     log.warning("the checkpoint of step %d is not written yet: %s", step, error)
                 told = True
+                watchdog.beat()  # training may be over, and wait for this alone
                 ended = gather_objects((expired, expired or self._superseded.wait(_RETRY_SECONDS)), group)
                 if any(expired for expired, _ in ended):
                     raise

@@ -11,11 +11,12 @@ from safetensors.torch import load
 
 from datasets_prep.errors import UserError
 from service.data.split import DataSplit, read_index
-from service.data.store import Store
+from service.data.store import Store, StoreUnavailable
 from service.engine import checkpoint, loop
 from service.engine.lease import Lease, LeaseLost
 from service.engine.trainer import Length, Trainer
 from tests.configs import tiny
+from tests.servers import free_ports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -326,3 +327,11 @@ def test_all_bad_samples_are_named_at_once(digits, tmp_path):
     named = [line for line in str(error.value).splitlines() if "no known image format" in line]
     broken = {row["key"].decode() for row in opened.rows[:7]}
     assert len(named) == 5 and all(line.split("'")[1] in broken for line in named)
+
+
+def test_training_waits_for_its_data_until_the_deadline(monkeypatch, tmp_path):
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(StoreUnavailable, match="s3://data/digits/index.json: the store failed for 0.6 s"):
+        loop.train(tiny("s3://data/digits", data__deadline_minutes=0.01), loop.Run(Store(tmp_path)))

@@ -1,8 +1,14 @@
 """What is done about failing workers: which failures are worth a restart, and with how many workers."""
 
 import inspect
+import json
 import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -22,11 +28,11 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from datasets_prep.errors import UserError
-from jobs import supervise
-from jobs.supervise import Budgets, MissingWorkers, Worlds, cause_of
-from jobs.worker import GivenUp, PeerLost, Stopped, WorkersFailed, is_peer_lost
+from jobs import supervise, worker
+from jobs.supervise import Budgets, MissingWorkers, Trainer, Worlds, cause_of
+from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, is_peer_lost
 from service.data.store import NotFound, Store, StoreUnavailable
-from service.engine.lease import LeaseLost, ask_to_stop
+from service.engine.lease import Lease, LeaseLost, ask_to_stop, check_lease
 from tests.configs import tiny
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
@@ -142,6 +148,66 @@ def test_policies_travel_to_the_controller(tmp_path):
     for policy in (Budgets(Store(tmp_path), 1, 2, 50), Worlds(scaling, [2, 1], 60, Store(tmp_path))):
         assert type(ray.cloudpickle.loads(ray.cloudpickle.dumps(policy))) is type(policy)
     assert pickle.loads(pickle.dumps(Stopped("x"))).args == ("x",)
+
+
+def payload_of(config, folder):
+    return Payload(config.plain(), str(folder), 1, "http://127.0.0.1:9", "run")
+
+
+def test_the_policies_of_a_run_are_those_of_its_config(tmp_path):
+    def policies(**changes):
+        config = tiny(parallel__workers=2, **changes)
+        scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1.0})
+        made = Trainer(config, payload_of(config, tmp_path), Store(tmp_path), scaling, str(tmp_path))._policies
+        return made["failure_policy"].make_decision, made["scaling_policy"]
+
+    for name, error in [("max_crashes", ValueError("a bug")), ("max_lost", DEAD)]:
+        assert policies(**{f"parallel__{name}": 0})[0](of_workers(error)) == RAISE
+        assert policies(**{f"parallel__{name}": 1})[0](of_workers(error)) == RETRY
+    impatient = policies(parallel__start_minutes=1e-9)[1]
+    assert size_of(impatient.make_decision_for_non_running_worker_group()) == 2
+    impatient._free = dict
+    with pytest.raises(MissingWorkers, match="free are no nodes"):
+        impatient.make_decision_for_non_running_worker_group()
+    assert policies()[1]._get_num_workers_for_resource_request() == 2
+    fewer = policies(parallel__min_workers=1)[1]
+    fewer._free = dict
+    assert isinstance(fewer.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
+def test_a_worker_without_progress_ends_itself(tmp_path):
+    config = tiny(parallel__hang_minutes=0.001, data__deadline_minutes=0.0005)
+    code = "import sys, json; from jobs.worker import run_worker; run_worker(json.load(sys.stdin))"
+    told = json.dumps(vars(payload_of(config, tmp_path)))
+    hung = subprocess.run([sys.executable, "-c", code], input=told, capture_output=True, text=True, timeout=60)
+    assert hung.returncode == 1 and "Timeout (0:00:00.060000)!" in hung.stderr
+
+
+def test_sigterm_asks_training_to_stop(monkeypatch):
+    monkeypatch.setattr(worker, "_asked", threading.Event())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        worker.listen(lambda: True)
+        assert worker.stop_requested()
+        worker.listen()
+        assert not worker.stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert worker.stop_requested()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("command", ["ask_to_stop(run, 1)", "Lease(run)"])
+def test_rank_0_notices_that_it_is_to_stop(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_asked", asked := threading.Event())
+    monkeypatch.setattr(worker, "WATCH_SECONDS", 0.01)
+    run = SimpleNamespace(store=Store(tmp_path), lease_epoch=1, fence=lambda: check_lease(Store(tmp_path), 1))
+    Lease(run.store)
+    (tmp_path / "lease/000001.beat").write_text("0")
+    with worker._watching(run):
+        assert not asked.wait(0.1)
+        exec(command, {"run": run.store, "ask_to_stop": ask_to_stop, "Lease": Lease})
+        assert asked.wait(10)
 
 
 def test_connection_errors_of_collectives_are_lost_peers():

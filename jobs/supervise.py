@@ -52,6 +52,7 @@ from jobs.plan import check_resources
 from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, listen, run_worker
 from service.config import RunConfig, canonical_partitions
 from service.data.store import Store, StoreUnavailable
+from service.engine.goodput import record
 from service.engine.lease import LeaseLost, ask_to_stop, asked_to_stop
 
 Cause = Literal["stop", "free", "lost", "crash", "start"]
@@ -81,6 +82,12 @@ _CAUSES: tuple[tuple[type[BaseException], Cause], ...] = (  # the first that fit
     (WorkerGroupStartupFailedError, "start"),
     (WorkerGroupStartupTimeoutError, "start"),
 )
+_SAID: Mapping[Cause, str] = {
+    "lost": "workers lost",
+    "crash": "a worker failed",
+    "free": "workers stopped",
+    "start": "workers not started",
+}
 _WEIGHT: tuple[Cause, ...] = ("stop", "crash", "free", "lost", "start")  # of several workers' causes the first counts
 
 
@@ -249,6 +256,7 @@ class Budgets(FailurePolicy):
         again = spent <= limit and not (cause == "free" and self._stop_asked())
         print(_report(cause, spent, limit, again, training_failed_error), flush=True)
         if again:
+            record(self._run, {"event": "lost", "cause": _SAID.get(cause, cause)})
             self._sleep(pause(self._spent.total()))
         return FailureDecision.RETRY if again else FailureDecision.RAISE
 
@@ -265,15 +273,9 @@ def pause(failures: int) -> float:
 
 
 def _report(cause: Cause, spent: int, limit: float, again: bool, error: TrainingFailedError) -> str:
-    what = {
-        "lost": "workers lost",
-        "crash": "a worker failed",
-        "free": "workers stopped",
-        "start": "workers not started",
-    }
     of = f", {spent} of {limit:g} since the last checkpoint" if limit < math.inf else ""
     text = " ".join(str(_worst(error)).strip().split("\n")[-1].split())[:300]
-    return f"{what.get(cause, 'training failed')}{of}: {'restarting' if again else 'giving up'} ({text})"
+    return f"{_SAID.get(cause, 'training failed')}{of}: {'restarting' if again else 'giving up'} ({text})"
 
 
 def worlds(config: RunConfig) -> list[int]:

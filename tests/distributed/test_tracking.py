@@ -260,3 +260,9 @@ def test_runs_that_nobody_carries_on_are_ended_and_no_others(server, client, tmp
         assert list(status.values()) == ["RUNNING", "KILLED", "KILLED", "FINISHED", "RUNNING"]
         assert tracking.reconcile(server.uri, tmp_path.as_uri(), outcome) == []
     assert tracking.reconcile(server.uri, tmp_path.as_uri(), outcome) == ["alive"]
+
+
+def test_a_refusal_is_told_from_a_server_that_is_away(server):
+    with pytest.raises(UserError) as refused:
+        tracking.reopen(server.uri, "0" * 32)
+    assert not isinstance(refused.value, tracking.TrackingAway)

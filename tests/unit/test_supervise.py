@@ -32,6 +32,7 @@ from jobs import supervise, worker
 from jobs.supervise import Budgets, MissingWorkers, Trainer, Worlds, cause_of
 from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, is_peer_lost
 from service.data.store import NotFound, Store, StoreUnavailable
+from service.engine.goodput import read_events
 from service.engine.lease import Lease, LeaseLost, ask_to_stop, check_lease
 from tests.configs import tiny
 
@@ -103,6 +104,8 @@ def test_crashes_and_lost_workers_have_budgets_that_a_checkpoint_refills(tmp_pat
     decide = [policy.make_decision(of_workers(error)) for error in (ValueError("a bug"), DEAD, DEAD, DEAD)]
     assert decide == [RETRY] * 4
     assert slept == [0, 0, 2, 4]
+    told = [(event["event"], event["cause"]) for event in read_events(run)]
+    assert told == [("lost", "a worker failed")] + [("lost", "workers lost")] * 3
     commit(run, 20)
     assert [policy.make_decision(of_workers(ValueError("a bug"))) for _ in range(2)] == [RETRY, RAISE]
     assert [policy.make_decision(of_workers(DEAD)) for _ in range(4)] == [RETRY] * 3 + [RAISE]

@@ -235,6 +235,44 @@ def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
     assert all(len(values) == 1 for values in rows(store).values()) and set(rows(store)) == set(range(1, 501))
 
 
+ABANDON = """
+import os, ray
+ray.init(logging_level="ERROR")
+
+@ray.remote(num_cpus=0)
+class Holder:
+    def hold(self):
+        group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(group.ready())
+        return group.id.hex()
+
+holder = Holder.options(lifetime="detached", name="holder", namespace="test").remote()
+print(ray.get(holder.hold.remote()), flush=True)
+"""
+FREE = """
+import ray
+from jobs.supervise import free_placement_groups
+ray.init(logging_level="ERROR")
+print(*free_placement_groups(), flush=True)
+print(*free_placement_groups(), flush=True)
+ray.kill(ray.get_actor("holder", namespace="test"))
+"""
+
+
+def test_placement_groups_of_jobs_that_ended_are_freed(stack):
+    environment = os.environ | local.client_environment(stack) | {"RAY_ADDRESS": stack.gcs_address}
+
+    def printed(code):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    [left] = printed(ABANDON)
+    assert printed(FREE) == [left, ""]
+
+
 def newest_step(store):
     """Step of the newest committed checkpoint."""
     return max((int(folder.split("-")[1]) for folder in committed(store.sub("checkpoints"))), default=0)

@@ -43,6 +43,7 @@ COMMANDS = [
     "evaluate",
     "register",
     "sync",
+    "report",
     "recipes",
     "config",
 ]

@@ -17,8 +17,9 @@ from jobs import recipes
 from service.config import Checkpoint, parse_interval
 from service.data.store import Store
 from service.engine.checkpoint import Checkpoints
+from service.engine.parallel import place
 from service.engine.trainer import Length, Trainer
-from service.engine.worker import place, start_worker
+from service.engine.worker import start_worker
 from service.families import build_family
 from tests.bench._report import alternate, close, ratio
 

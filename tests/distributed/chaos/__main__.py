@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 from service.data.store import Store
@@ -49,12 +48,14 @@ def _try(missing: list[tuple[str, int]], kept: Store) -> str:
     folder = Path(tempfile.mkdtemp(prefix="tessera-chaos-"))
     digits = folder / "digits"
     write_few_digits(digits)
-    expected = harness.undisturbed(str(digits), folder / "undisturbed")
-    (folder / "undisturbed.json").write_text(json.dumps(asdict(expected)))
+    expected = {
+        settings: harness.undisturbed(str(digits), folder / f"undisturbed-{n}", *settings)
+        for n, settings in enumerate({FAULTS[name].settings for name, _ in missing})
+    }
     with cluster(folder / "cluster", cpus=2) as hosts:
         print(f"hosts: {hosts.kind}; logs in {folder}", file=sys.stderr)
         for name, seed in missing:
-            result = harness.disturb(hosts, name, FAULTS[name], seed, str(digits), expected)
+            result = harness.disturb(hosts, name, FAULTS[name], seed, str(digits), expected[FAULTS[name].settings])
             print(json.dumps(result), file=sys.stderr)
             kept.put(_key(name, seed), json.dumps(result).encode())
         return hosts.kind

@@ -138,6 +138,7 @@ def freeze_worker(scene: Scene, rng: Random) -> None:
 
 FAULTS: dict[str, Fault] = {
     "worker killed": Fault(kill_worker),
+    "worker killed, FSDP": Fault(kill_worker, settings=("parallel.kind=fsdp",)),
     "raylet killed": Fault(kill_raylet),
     "node killed": Fault(kill_node),
     "driver killed": Fault(kill_driver, again=()),

@@ -159,14 +159,17 @@ class Fault:
         inject: does it, and returns when it is over.
         again: the driver ends by it, and the command is given again, with these changes.
         first: changes of the first command.
+        settings: of both commands, and of the undisturbed run.
         falls_back: committed checkpoints that may be lost.
         spares: the run goes on as if a step had not been, so that losses differ from it on.
         says: pattern of what the run must tell about it.
+        storage: where the run's results go, if not to S3.
     """
 
     inject: Callable[[Scene, random.Random], object]
     again: tuple[str, ...] | None = None
     first: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     falls_back: int = 0
     spares: bool = False
     says: str | None = None
@@ -188,13 +191,13 @@ def code() -> str:
     return hashlib.sha256(package.code_hash().encode() + own).hexdigest()[:12]
 
 
-def undisturbed(data: str, folder: Path) -> Reference:
+def undisturbed(data: str, folder: Path, *changes: str) -> Reference:
     """Run the recipe on two plain processes, without Ray, MLflow or S3."""
     from tests.ranks import on_ranks
 
     watched = {"TESSERA_WITNESS": str(folder / "witness"), "PYTHONPATH": f"{WITNESS}{os.pathsep}{ROOT}"}
     with _environment(watched):
-        rows, result = on_ranks(2, _train, [*SETTINGS, f"data.uri={data}"], str(folder / "run"))[0]
+        rows, result = on_ranks(2, _train, [*SETTINGS, f"data.uri={data}", *changes], str(folder / "run"))[0]
     return Reference(rows, ids_of(lives(folder / "witness" / "0"))[0], result["scores"])
 
 
@@ -228,7 +231,7 @@ def disturb(cluster: Cluster, name: str, fault: Fault, seed: int, data: str, exp
     at = rng.randrange(25, LATEST)
     repeat = 1 + seed + 1000 * (1 + int(hashlib.sha256(name.encode()).hexdigest()[:4], 16))
     with _environment(cluster.s3.env()), (fault.storage or _on_s3)(cluster) as storage:
-        scene = Scene(cluster, [*SETTINGS, f"data.uri={data}"], repeat, storage)
+        scene = Scene(cluster, [*SETTINGS, f"data.uri={data}", *fault.settings], repeat, storage)
         scene.start(*fault.first)
         try:
             scene.wait_for(at)

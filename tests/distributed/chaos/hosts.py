@@ -265,6 +265,13 @@ def _tree(pid: int) -> list[psutil.Process]:
     return []
 
 
+def runs(pid: int) -> bool:
+    """Whether a process has not ended, reaped or not."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _name(pid: int) -> str:
     with suppress(psutil.Error):
         return psutil.Process(pid).name()

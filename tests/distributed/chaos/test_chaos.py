@@ -1,13 +1,11 @@
 """Two faults in one run on two hosts: a worker is killed, then the driver; the table of all faults is `make chaos`."""
 
-import os
-
 import pytest
 
 from tests.distributed.chaos import harness
 from tests.distributed.chaos.faults import kill_driver, kill_worker
 from tests.distributed.chaos.harness import Fault
-from tests.distributed.chaos.hosts import cluster
+from tests.distributed.chaos.hosts import cluster, runs
 
 pytestmark = pytest.mark.distributed
 
@@ -30,4 +28,4 @@ def test_killed_twice_a_run_on_two_hosts_is_bitwise_the_undisturbed_one(few_digi
         began = [pid for host in hosts.hosts for pid in host.pids()]
     assert result["outcome"] == harness.PROMISED, result
     assert result["restarts"] == 2 and 0 < result["lost_steps"] < 80
-    assert began and not any(os.path.exists(f"/proc/{pid}") for pid in began)
+    assert began and not any(map(runs, began))

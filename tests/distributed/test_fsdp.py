@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 import torch
 from safetensors.torch import load
+from torch._dynamo.utils import counters
 
 from datasets_prep.errors import UserError
 from service.collectives import local, rank
@@ -146,11 +147,47 @@ def test_gradients_are_exchanged_once_a_step_in_however_many_micro_batches(sprea
 
 
 def test_the_mean_over_ranks_is_no_sum_in_fp32():
-    kind, changes = IJEPA
+    kind, changes = CASES["resnet-lars"]
     changes = [*changes, "compute.precision=fp32", "compute.channels_last=true"]
     (alone,) = on_ranks(1, trained, kind, changes, 3)
     for world in (2, 4):
         assert_equal_runs(mean_of(on_ranks(world, trained, kind, [*changes, "parallel.kind=fsdp"], 3)), alone, 1e-3)
+
+
+def overflown(kind, changes):
+    """Whether a step is taken whose gradient overflows in one rank's shard, and fp16's scale before and after."""
+    trainer = make_trainer(family_config(kind, *TINY, *changes))
+    losses = trainer.module(trainer._batch(*images_of(trainer, 0), 0))
+    trainer.scaler.scale(losses.total).backward()
+    shards = local(p.grad for p in trainer.family.parameters() if p.grad is not None)
+    if rank() == 1:
+        next(shard for shard in shards if shard.numel()).fill_(torch.inf)
+    before = trainer.scaler.get_scale()
+    return trainer._update(), before, trainer.scaler.get_scale()
+
+
+def test_all_ranks_lower_the_scale_when_one_shard_overflows():
+    kind, changes = IJEPA
+    ranks = on_ranks(2, overflown, kind, [*changes, "parallel.kind=fsdp", "compute.precision=fp16"])
+    assert ranks == [(False, 2.0**16, 2.0**15)] * 2
+
+
+def compiled(kind, changes):
+    """Three steps and the number of graphs, by a backend that changes nothing."""
+    torch.nn.Module.compile = lambda self: setattr(
+        self, "_compiled_call_impl", torch.compile(self._call_impl, backend="eager")
+    )
+    return trained(kind, changes, 3), counters["stats"]["unique_graphs"]
+
+
+def test_blocks_in_shards_are_compiled_one_by_one():
+    kind, changes = IJEPA
+    changes = [*changes, "parallel.kind=fsdp"]
+    (plain, none), (found, graphs) = (
+        on_ranks(2, compiled, kind, [*changes, f"compute.compile={whether}"])[0] for whether in ("false", "true")
+    )
+    assert_equal_runs(found, plain)
+    assert none == 0 and graphs > 1
 
 
 RUN = {
@@ -175,7 +212,7 @@ def part_of_a_run(folder, data, changes, stop_after=None):
 
     with suppress(Interrupted):
         stop = lambda: next(taken) == stop_after  # noqa: E731
-        return rows, train(tiny(data, **RUN, **changes), Run(Store(folder)), take, stop_requested=stop)
+        return rows, train(tiny(data, **RUN | changes), Run(Store(folder)), take, stop_requested=stop)
     return rows, None
 
 
@@ -195,3 +232,12 @@ def test_a_run_that_changes_workers_and_kind_ends_as_the_undisturbed_one(few_dig
         found, expected = (load(Store(tmp_path / run).get(name)) for run in ("moved", "whole"))
         for each, weight in expected.items():
             torch.testing.assert_close(found[each], weight, rtol=1e-7, atol=1e-10)
+
+
+def test_a_run_in_shards_goes_on_bitwise(few_digits, tmp_path):
+    changes = {"parallel__kind": "fsdp", "compute__deterministic": "true", "compute__precision": "fp32"}
+    (whole, wanted), *_ = on_ranks(2, part_of_a_run, tmp_path / "whole", few_digits, changes)
+    (before, _), *_ = on_ranks(2, part_of_a_run, tmp_path / "cut", few_digits, changes, 2)
+    (after, result), *_ = on_ranks(2, part_of_a_run, tmp_path / "cut", few_digits, changes)
+    assert result["resumed_from"] == 3 and before | after == whole
+    assert result["scores"] == wanted["scores"]

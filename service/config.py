@@ -867,7 +867,10 @@ class RunConfig(Frozen):
     def _check(self) -> RunConfig:
         self.slice_of(self.parallel.workers)
         batch = self.data.batch_size
-        self._check_mixing(batch // canonical_partitions(self.data.partitions, batch))
+        partitions = canonical_partitions(self.data.partitions, batch)
+        fewest = self.parallel.min_workers or self.parallel.workers
+        self.slice_of(next(n for n in range(fewest, partitions + 1) if partitions % n == 0))
+        self._check_mixing(batch // partitions)
         if self.guard.spike == "stop" and not self.monitor.alarms:
             raise ValueError(
                 "guard.spike=stop acts on an alarm, and monitor.alarms=False raises none: set monitor.alarms=true"

@@ -76,6 +76,7 @@ def test_all_errors_come_at_once_with_the_nearest_names():
         ("parallel.workers=3", "use parallel.workers=2 or 4, or data.batch_size=513"),
         ("parallel.workers=128", "use parallel.workers=64, or raise data.partitions"),
         ("parallel.micro_batch=256", "cuts the 512 samples that each of 1 workers has, and with family.encoder.norm="),
+        ("parallel={workers: 4, min_workers: 2, micro_batch: 128}", "cuts the 256 samples that each of 2 workers has"),
         ("data.partitions=3", "parallel.workers=4 must divide the 2 canonical partitions"),
         ("optim.kind=adm", "optim.kind='adm' is none of 'lars', 'lamb', 'sgd', 'adam', 'adamw'"),
         ("data.augment.crop_scale=[0.9,0.2]", "low ≤ high: swap"),

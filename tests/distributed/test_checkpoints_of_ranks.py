@@ -142,11 +142,16 @@ def test_a_checkpoint_of_any_world_is_read_bitwise_in_any_other(tmp_path):
 
 
 class Failing(Store):
-    """Fails to write as often as it is told."""
+    """Fails to write as often as it is told, or to delete."""
 
-    def __init__(self, uri, error, times):
+    def __init__(self, uri, error, times, deletes=True):
         super().__init__(uri)
-        self.error, self.times = error, times
+        self.error, self.times, self.deletes = error, times, deletes
+
+    def delete(self, name):
+        if not self.deletes:
+            raise self.error
+        super().delete(name)
 
     def put(self, name, data):
         if self.times > 0:
@@ -169,6 +174,16 @@ def fail_on_rank_1(folder, error, times, **options):
             seen.append(repr(raised))
     checkpoints.settle()
     return seen, [checkpoint.step_and_lease(each)[0] for each in checkpoint.committed(store)], store.list()
+
+
+def fail_to_remove(folder, error):
+    """Save steps 1 and 2 where rank 0 cannot remove the first; returns the steps committed."""
+    state = make_state("fsdp", seed=1)
+    checkpoints = opened(folder, Failing(folder, error, 0, deletes=False), keep_last=1)
+    for step in (1, 2):
+        checkpoints.save(step, state)
+        checkpoints.settle()
+    return checkpoints.steps()
 
 
 def spoil_what_rank_1_reads(folder):
@@ -232,6 +247,7 @@ def all_of_two_ranks(data, folder):
         "superseded": fail_on_rank_1(folder / "superseded", full, 1),
         "impatient": fail_on_rank_1(folder / "impatient", full, 1, patience_minutes=0.0),
         "other": fail_on_rank_1(folder / "other", ZeroDivisionError("by rank 1"), 1, patience_minutes=1.0),
+        "kept": fail_to_remove(folder / "kept", full),
         "spoilt": spoil_what_rank_1_reads(folder / "spoilt"),
         "flags": raise_flags(5),
         "stopped": train_and_stop(data, folder / "stopped"),
@@ -259,6 +275,10 @@ def test_a_rank_that_fails_to_write_makes_all_abandon_or_repeat_a_checkpoint(two
         assert (seen, steps) == (errors, committed)
         left = [name for name in names if int(name.split("-")[1]) not in committed]
         assert left == [] or case == "other"  # what no storage was to blame for leaves a torn folder
+
+
+def test_what_cannot_be_removed_stays_and_harms_nobody(two_ranks):
+    assert [found["kept"] for found in two_ranks[0]] == [[1, 2]] * 2
 
 
 def test_what_one_rank_finds_damaged_makes_all_fall_back(two_ranks):

@@ -218,6 +218,24 @@ def train_and_stop(data, folder):
         return str(interrupted), len(seen)
 
 
+def resume_shards(data, folder):
+    """Losses of a sharded run with averaged weights, undisturbed, and stopped and resumed."""
+    config = tiny(data, **SMALL, parallel__workers=2, parallel__kind="fsdp", schedule__steps=6, eval__weight_ema=0.5)
+    whole, parts, asked = {}, {}, count(1)
+    loop.train(config, loop.Run(Store(folder / "whole")), rows=lambda step, row: whole.setdefault(step, row))
+    run = loop.Run(Store(folder / "parts"))
+    with pytest.raises(loop.Interrupted):
+        loop.train(
+            config,
+            run,
+            rows=lambda step, row: parts.setdefault(step, row),
+            stop_requested=lambda: next(asked) == 2,
+        )
+    result = loop.train(config, run, rows=lambda step, row: parts.setdefault(step, row))
+    losses = [{step: row["loss"] for step, row in rows.items() if "loss" in row} for rows in (whole, parts)]
+    return result["resumed_from"], *losses
+
+
 def minutes_of_rank_0(data, folder):
     """A run on a clock by which time passes on rank 0 alone, 16 s a step."""
     clock = [0.0]
@@ -251,6 +269,7 @@ def all_of_two_ranks(data, folder):
         "spoilt": spoil_what_rank_1_reads(folder / "spoilt"),
         "flags": raise_flags(5),
         "stopped": train_and_stop(data, folder / "stopped"),
+        "shards": resume_shards(data, folder / "shards"),
         "minutes": minutes_of_rank_0(data, folder / "minutes"),
     }
 
@@ -294,6 +313,14 @@ def test_all_ranks_stop_at_the_step_that_is_committed(two_ranks):
     assert [each["stopped"] for each in found] == [(found[0]["stopped"][0], 4)] * 2
     assert found[0]["stopped"][0].startswith("stopped after step 4 of 50")
     assert checkpoint.committed(Store(folder / "stopped/checkpoints")) == ["step-00000004-lease-0000"]
+
+
+def test_shards_resume_bitwise(two_ranks):
+    found, folder = two_ranks
+    resumed_from, whole, parts = found[0]["shards"]
+    assert resumed_from == 3 and len(whole) == 6 and whole == parts
+    kept = [Store(folder / f"shards/{name}/encoder").get("model.safetensors") for name in ("whole", "parts")]
+    assert kept[0] == kept[1]
 
 
 def test_minutes_are_those_of_rank_0(two_ranks):

@@ -127,16 +127,18 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> bool:
     Raises:
         UserError: more CPUs or GPUs asked for than there are, which Ray would wait for without end.
     """
-    workers, device = config.parallel.workers, config.compute.device
+    parallel, device = config.parallel, config.compute.device
+    name = "workers" if parallel.min_workers is None else "min_workers"
+    workers: int = getattr(parallel, name)
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
     if on_gpu and gpus < workers:
         raise UserError(
-            f"compute.device={device} and parallel.workers={workers} need {workers} GPUs, the cluster has {gpus:g}: "
+            f"compute.device={device} and parallel.{name}={workers} need {workers} GPUs, the cluster has {gpus:g}: "
             "use compute.device=cpu, fewer workers or another --cluster"
         )
-    if (wanted := workers * config.parallel.cpus_per_worker) > cpus:
+    if (wanted := workers * parallel.cpus_per_worker) > cpus:
         raise UserError(
-            f"parallel.workers={workers} × parallel.cpus_per_worker={config.parallel.cpus_per_worker:g} needs "
+            f"parallel.{name}={workers} × parallel.cpus_per_worker={parallel.cpus_per_worker:g} needs "
             f"{wanted:g} CPUs, the cluster has {cpus:g}: lower one of them"
         )
     return on_gpu

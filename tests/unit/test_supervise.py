@@ -29,6 +29,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from datasets_prep.errors import UserError
 from jobs import supervise, worker
+from jobs.plan import check_resources
 from jobs.supervise import Budgets, MissingWorkers, Trainer, Worlds, cause_of
 from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, is_peer_lost
 from service.data.store import NotFound, Store, StoreUnavailable
@@ -224,6 +225,14 @@ def test_worlds_divide_the_canonical_partitions():
     assert supervise.worlds(tiny(parallel__workers=8, parallel__min_workers=1)) == [8, 4, 2, 1]
     assert supervise.worlds(tiny(parallel__workers=8, parallel__min_workers=3)) == [8, 4]
     assert supervise.worlds(tiny(parallel__workers=4)) == [4]
+
+
+def test_a_cluster_needs_room_for_the_fewest_workers():
+    with pytest.raises(UserError, match=r"parallel.workers=4 .* needs 4 CPUs, the cluster has 2"):
+        check_resources(tiny(parallel__workers=4), 2, 0)
+    assert not check_resources(tiny(parallel__workers=4, parallel__min_workers=2), 2, 0)
+    with pytest.raises(UserError, match=r"parallel.min_workers=2 .* needs 2 CPUs, the cluster has 1"):
+        check_resources(tiny(parallel__workers=4, parallel__min_workers=2), 1, 0)
 
 
 def test_room_counts_whole_workers_a_node():

@@ -50,21 +50,22 @@ def report(store: Store, gpus: int, mtbf_hours: float) -> tuple[Goodput, Model |
     if not any(event["leg"] for event in events):
         raise UserError(f"{store.uri} holds no events of a run: correct it, or wait until its workers have started")
     found = goodput(events, alive=time.time() - events[-1]["time"] < SILENT_SECONDS)
-    _draw(store, events, found)
+    png = picture(events, found)
+    store.put("pictures/goodput.png", png)
+    _send(store, png)
     return found, model(found, gpus, mtbf_hours)
 
 
-def _draw(store: Store, events: list[Event], found: Goodput) -> None:
-    """Keep the picture in the run's storage, and in MLflow if that can be reached."""
+def picture(events: list[Event], found: Goodput) -> bytes:
+    """Draw where the wall time went: a PNG."""
     from service import plots
     from service.engine.goodput import timeline
 
-    png = plots.goodput(found.seconds, **vars(timeline(events)))
-    store.put("pictures/goodput.png", png)
-    _send(store, png)
+    return plots.goodput(found.seconds, **vars(timeline(events)))
 
 
 def _send(store: Store, png: bytes) -> None:
+    """Put the picture into MLflow too, if that can be reached."""
     from service import tracking
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -115,7 +116,8 @@ def _restarts(found: Goodput) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(found.restarts)} restarts, {found.lost_steps} steps lost")
+    times = f"{len(found.restarts)} restart{'s' * (len(found.restarts) > 1)}"
+    table = Table(box=box.SIMPLE_HEAD, title=f"{times}, {found.lost_steps} steps lost")
     for heading in ("cause", "from step", "lost steps", "detected after", "next step after"):
         table.add_column(heading, justify="left" if heading == "cause" else "right")
     for restart in found.restarts:

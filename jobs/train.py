@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from datasets_prep.errors import UserError
-from jobs import package, plan, recipes
+from jobs import package, plan, recipes, report
 from jobs.worker import Payload, WorkersFailed
 from service import tracking
 from service.config import RunConfig
 from service.data.store import Store, StoreUnavailable
+from service.engine.goodput import goodput, read_events
 from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease, living_holder, newest_epoch
 
 RESULT, STATE = "result.json", "state.json"
@@ -148,12 +149,17 @@ def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) 
 
 
 def _draw(run: Store, uri: str, run_id: str) -> None:
-    """Keep the run's curves as a picture, in its storage and in MLflow."""
+    """Keep pictures of the run's curves and of its wall time, in its storage and in MLflow."""
     from service import plots
 
-    png = plots.curves(tracking.stored_metrics(run))
-    run.put("pictures/curves.png", png)
-    tracking.log_picture(uri, run_id, "curves.png", png)
+    events = read_events(run)
+    pictures = {
+        "curves.png": plots.curves(tracking.stored_metrics(run)),
+        "goodput.png": report.picture(events, goodput(events)),
+    }
+    for name, png in pictures.items():
+        run.put(f"pictures/{name}", png)
+        tracking.log_picture(uri, run_id, name, png)
 
 
 def _patiently(tell: Callable[[], T]) -> T:

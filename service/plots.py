@@ -130,7 +130,7 @@ def goodput(
     steps.scatter([at / 60 for at, _ in commits], [step for _, step in commits], s=8, color=_PHASES["checkpoint"])
     for at in faults:
         steps.axvline(at / 60, color=_PHASES["down"], linestyle="--", linewidth=1)
-    steps.set(xlabel="minutes", ylabel="steps done; dots are checkpoints, dashed lines faults")
+    steps.set(xlim=bar.get_xlim(), ylabel="steps done", xlabel="minutes; dots are checkpoints, dashed lines faults")
     return _png(figure)
 
 

@@ -86,7 +86,11 @@ def test_a_submitted_run_ends_in_a_registered_encoder(stack, tessera, trained, d
     assert run.data.params["family.encoder.width"] == "8" and run.data.params["optim.kind"] == "adamw"
     assert run.data.tags["fingerprint"] and run.data.tags["package"] and run.data.tags["commit"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == list(range(1, 13))
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/curves.png"]
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "pictures")]
+    assert pictures == ["pictures/curves.png", "pictures/goodput.png"]
+    report = json.loads(tessera("report", trained["run"], "--json"))
+    assert (report["outcome"], report["steps"], report["lost_steps"]) == ("finished", 12, 0)
+    assert client.get_metric_history(run.info.run_id, "goodput")[-1].value == trained["goodput"]["goodput"]
     assert client.get_metric_history(run.info.run_id, "monitor/encoder/rankme")[-1].step == 12
     version = client.get_model_version_by_alias("demo", "champion")
     assert version.tags["run"] == trained["run"] and float(version.tags["val_linear"]) == trained["val_linear"]

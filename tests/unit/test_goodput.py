@@ -232,7 +232,7 @@ def call(*arguments):
 def test_the_report_of_a_run(kept_run, tmp_path):
     text = call(tmp_path / "runs/demo-1")
     assert "goodput 84.5 % of 1:11 min, 60 steps, finished" in text
-    assert "1 restarts, 5 steps lost" in text and "SIGKILL" in text
+    assert "1 restart, 5 steps lost" in text and "SIGKILL" in text
     assert "64 GPUs with a failure every 1 h: each loses 11.0 s" in text
     picture = np.asarray(Image.open(io.BytesIO(kept_run.get("pictures/goodput.png"))).convert("RGB"))
     assert picture.shape == (500, 1200, 3) and (picture == (217, 95, 2)).all(-1).sum() > 100  # steps taken again

@@ -195,14 +195,15 @@ def undisturbed(data: str, folder: Path, *changes: str) -> Reference:
     """Run the recipe on two plain processes, without Ray, MLflow or S3."""
     from tests.ranks import on_ranks
 
-    watched = {"TESSERA_WITNESS": str(folder / "witness"), "PYTHONPATH": f"{WITNESS}{os.pathsep}{ROOT}"}
-    with _environment(watched):
+    with _environment({"TESSERA_WITNESS": str(folder / "witness")}):
         rows, result = on_ranks(2, _train, [*SETTINGS, f"data.uri={data}", *changes], str(folder / "run"))[0]
     return Reference(rows, ids_of(lives(folder / "witness" / "0"))[0], result["scores"])
 
 
 def _train(settings: list[str], folder: str) -> tuple[dict[int, float], dict[str, Any]]:
     from service.engine.loop import Run, train
+    from service.engine.trainer import Trainer
+    from tests.distributed.chaos.witness.sitecustomize import watch
 
     rows: dict[int, float] = {}
 
@@ -210,7 +211,12 @@ def _train(settings: list[str], folder: str) -> tuple[dict[int, float], dict[str
         if "loss" in row:
             rows[step] = row["loss"]
 
-    return rows, train(recipes.load("demo", settings), Run(Store(folder)), rows=take) or {}
+    unwatched = Trainer.step, Trainer._batch
+    watch(Trainer)
+    try:
+        return rows, train(recipes.load("demo", settings), Run(Store(folder)), rows=take) or {}
+    finally:
+        Trainer.step, Trainer._batch = unwatched
 
 
 def ids_of(found: list[Life]) -> list[dict[int, list[int]]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from jobs import package, recipes
 from service.data.store import Store
-from tests.distributed.chaos.hosts import ROOT, WITNESS, Cluster
+from tests.distributed.chaos.hosts import ROOT, Cluster
 
 STEPS, LATEST = 240, 130  # of a run, and before which a fault comes: 100 steps and more follow it
 SECONDS = 400.0  # within which a disturbed run ends

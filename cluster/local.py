@@ -313,7 +313,7 @@ def _complete(stack: Stack, cpus: int | None, report: Callable[[str], None]) -> 
         if fresh:
             _stop(stack)
         else:
-            _stop_processes([member for process in waiting.values() for member in _tree(process.pid)])
+            _stop_processes([member for process in waiting.values() for member in process_tree(process.pid)])
         raise
     return stack
 
@@ -478,7 +478,7 @@ def _is_alive(stack: Stack, name: ServerName) -> bool:
     return False
 
 
-def _tree(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
     """Return a process and all below it; nothing when it is gone."""
     with suppress(psutil.Error):
         root = psutil.Process(pid)
@@ -488,7 +488,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 def _memory(server: Server) -> int:
     total = 0
-    for process in _tree(server.pid):
+    for process in process_tree(server.pid):
         with suppress(psutil.Error):
             total += process.memory_info().rss
     return total

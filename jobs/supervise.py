@@ -52,6 +52,7 @@ from jobs.plan import check_resources
 from jobs.worker import GivenUp, Payload, PeerLost, Stopped, WorkersFailed, listen, run_worker
 from service.config import RunConfig, canonical_partitions
 from service.data.store import Store, StoreUnavailable
+from service.engine import MARKER
 from service.engine.goodput import record
 from service.engine.lease import LeaseLost, ask_to_stop, asked_to_stop
 
@@ -61,7 +62,6 @@ GRACE_SECONDS = 25  # for the last checkpoint of a stopped run; `tessera jobs st
 _LOOK_SECONDS = 5.0  # between looks for room to grow
 _SETTLE_SECONDS = 10.0  # until what a lost group held is free again, and a dead node is known to be dead
 _LONGEST_PAUSE = 60.0
-_MARKER = "/COMMIT.json"
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker shows twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -204,7 +204,7 @@ class Signals(WorkerCallback):
 
 def newest_commit(run: Store) -> str:
     """Name of a run's newest committed checkpoint, '' when there is none; later ones compare greater."""
-    return max((name for name in run.list("checkpoints") if name.endswith(_MARKER)), default="")
+    return max((name for name in run.list("checkpoints") if name.endswith(f"/{MARKER}")), default="")
 
 
 def cause_of(error: TrainingFailedError) -> Cause:

@@ -48,8 +48,8 @@ from service import watchdog
 from service.collectives import gather_objects, is_sharded, local, on_rank_0, own_group, rank
 from service.config import RunConfig, changed_settings
 from service.data.store import NotFound, Store, StoreUnavailable
+from service.engine import MARKER
 
-MARKER = "COMMIT.json"
 FORMAT = 2  # of markers; of another format nothing is read
 _METADATA = ".metadata"  # as torch.distributed.checkpoint names it
 _RETRY_SECONDS = 2.0  # between tries to write a checkpoint

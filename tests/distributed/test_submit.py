@@ -17,6 +17,7 @@ from cluster import local
 from service.data.store import Store
 from service.engine.checkpoint import committed
 from tests.configs import TINY
+from tests.distributed.chaos.harness import losses_of
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -62,17 +63,6 @@ def trained(tessera, digits):
 
 def runs(stack, run):
     return Store(stack.storage_uri).sub(run)
-
-
-def rows(store):
-    """Loss of each step; a step that was taken again after a resume must have had the same loss."""
-    found = {}
-    for name in store.list("metrics"):
-        for line in store.get(name).decode().splitlines():
-            row = json.loads(line)
-            if "loss" in row["metrics"]:
-                found.setdefault(row["step"], set()).add(row["metrics"]["loss"])
-    return found
 
 
 def test_a_submitted_run_ends_in_a_registered_encoder(stack, tessera, trained, digits, tmp_path):
@@ -166,7 +156,7 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     tessera("jobs", "stop", started["run"])
     wait_for_end(stack, started["job"])
     stopped = newest_step(store)
-    assert stopped == max(rows(store)), "the last step before the stop is in a checkpoint"
+    assert stopped == max(losses_of(store)), "the last step before the stop is in a checkpoint"
     assert mlflow_status(stack, store) == "KILLED"
     again = json.loads(tessera(*command, "--no-follow", "--json"))
     wait_until(lambda: newest_step(store) >= stopped + 20)
@@ -178,7 +168,7 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     resumed = json.loads(tessera(*command, "--json").splitlines()[-1])
     assert resumed["run"] == started["run"]
     assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 400
-    taken = rows(store)
+    taken = losses_of(store)
     assert set(taken) == set(range(1, 401))
     assert all(len(values) == 1 for values in taken.values())  # of steps taken twice too
     assert len(leases(store)) == 3
@@ -229,7 +219,7 @@ def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
     assert leases(store) == ["lease/000001.json", "lease/000002.json"]
     result = json.loads(store.get("result.json"))
     assert result["resumed_from"] >= 20 and result["model_uri"].startswith("models:/demo/")
-    assert all(len(values) == 1 for values in rows(store).values()) and set(rows(store)) == set(range(1, 501))
+    assert all(len(values) == 1 for values in losses_of(store).values()) and set(losses_of(store)) == set(range(1, 501))
 
 
 ABANDON = """

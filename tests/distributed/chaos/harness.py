@@ -26,6 +26,7 @@ from typing import Any
 
 from jobs import package, recipes
 from service.data.store import Store
+from service.engine.checkpoint import committed
 from tests.distributed.chaos.hosts import ROOT, Cluster
 
 STEPS, LATEST = 240, 130  # of a run, and before which a fault comes: 100 steps and more follow it
@@ -141,8 +142,7 @@ class Scene:
 
     def committed(self) -> list[str]:
         """Folders of the committed checkpoints, the newest last."""
-        names = self.run().sub("checkpoints").list()
-        return sorted(name.removesuffix("/COMMIT.json") for name in names if name.endswith("/COMMIT.json"))
+        return committed(self.run().sub("checkpoints"))
 
     def end(self) -> None:
         """End the driver if it still runs."""

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.local import process_tree
 from tests.mlflow_server import MlflowServer
 from tests.servers import S3, faulty_proxy, free_ports, seaweedfs
 
@@ -61,7 +62,7 @@ class Host:
         if self.namespace:
             listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
             return [int(pid) for pid in listed.stdout.split()]
-        return [] if self.process is None else [each.pid for each in _tree(self.process.pid)]
+        return [] if self.process is None else [each.pid for each in process_tree(self.process.pid)]
 
     def raylet(self) -> int:
         """Process id of the raylet."""
@@ -256,13 +257,6 @@ def _sweep() -> None:
         with suppress(subprocess.CalledProcessError):
             _ip("netns", "del", path.name)
             _ip("link", "del", bridge)
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    return []
 
 
 def runs(pid: int) -> bool:

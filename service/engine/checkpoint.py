@@ -53,6 +53,7 @@ from service.engine import MARKER
 FORMAT = 2  # of markers; of another format nothing is read
 _METADATA = ".metadata"  # as torch.distributed.checkpoint names it
 _RETRY_SECONDS = 2.0  # between tries to write a checkpoint
+_LATE_SECONDS = 5.0  # of a write, after which training no longer waits for it to begin the next
 _AWAY = (StoreUnavailable, OSError)  # what storage that is away or full raises
 log = logging.getLogger(__name__)
 
@@ -355,6 +356,7 @@ class Checkpoints:
     _pending: Future[None] | None = None
     _superseded: Event = field(default_factory=Event)
     _failing_since: float | None = None
+    _begun: float = 0.0
 
     def save(self, step: int, state: TrainingState) -> None:
         """Copy the state and write it in the background; waits for the write before this one. All ranks call it.
@@ -369,7 +371,14 @@ class Checkpoints:
         if state.sharded or rank() == 0:
             group = self._group if state.sharded else None
             staged = self._staging(state.plain())
+            self._begun = time.monotonic()
             self._pending = self._writer.submit(self._try, step, staged, self._marker(step), group)
+
+    def late(self) -> bool:
+        """Say whether this rank's pending write takes long, as it does when storage does not answer."""
+        if self._pending is None or self._pending.done():
+            return False
+        return time.monotonic() - self._begun >= _LATE_SECONDS
 
     def wait(self) -> None:
         """Wait until this rank's pending write is committed; raises what it raised."""

@@ -221,9 +221,9 @@ def _steps(
         )
     )
     monitor = Monitor(config, worker.rank, worker.world, monitor_due.steps, length.total)
-    control = Control("save", "snapshot", "stop")
+    control = Control("save", "late", "snapshot", "stop")
     meter = Meter(start, length, config.data.batch_size)
-    for_saving = {"save", "stop"} if config.checkpoint.on_stop else {"save"}
+    on_stop, unsaved = config.checkpoint.on_stop, False
     timed = leg.clock.steps(batches.iterate(start, length.total, worker.rank, worker.world))
     for step, (images, ids) in enumerate(timed, start):
         losses = trainer.step(step, images, ids)
@@ -243,12 +243,15 @@ def _steps(
                 report(done, _validate(trainer, protocol, checkpoints))
         agreed = control(
             save=worker.rank == 0 and save_due.elapsed(),
+            late=checkpoints.late(),
             snapshot=worker.rank == 0 and snapshot_due.elapsed(),
             stop=stop_requested(),
         )
-        if last or save_due(done) or agreed & for_saving:
+        unsaved |= save_due(done) or "save" in agreed
+        if last or (unsaved and "late" not in agreed) or (on_stop and "stop" in agreed):
             with leg.saving(done):
                 _save(done, trainer, checkpoints)
+            unsaved = False
         if snapshot_due(done) or "snapshot" in agreed:
             _keep_snapshot(trainer, run, done)
         if "stop" in agreed:

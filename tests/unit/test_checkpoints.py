@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 import time
 
 import pytest
@@ -83,6 +84,22 @@ def test_training_goes_on_while_storage_fails_and_commits_once_it_is_back(few_di
     (tmp_path / "other/checkpoints").touch()
     with pytest.raises(StoreUnavailable, match="checkpoints"):
         loop.train(impatient, loop.Run(Store(tmp_path / "other")))
+
+
+def test_training_does_not_wait_for_storage_that_does_not_answer(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_LATE_SECONDS", 0)
+    config = tiny(few_digits, **SMALL, schedule__steps=6, checkpoint__every="2 steps")
+    answers = threading.Event()
+
+    def rows(step, row):
+        if step == 5:  # the checkpoint of step 4 is due by then, and that of step 2 not written
+            answers.set()
+
+    def flush():
+        assert answers.wait(20), "training waits for the write"
+
+    result = loop.train(config, loop.Run(Store(tmp_path)), rows=rows, flush=flush)
+    assert result["steps"] == 6 and steps(tmp_path / "checkpoints")[-1] == 6
 
 
 def test_a_full_disk_loses_no_committed_checkpoint(small_disk, caplog):

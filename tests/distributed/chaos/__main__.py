@@ -5,6 +5,7 @@ A kept result belongs to the code that gave it: other code is tried anew.
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--fault", action="append", choices=FAULTS, help="one of the table; repeat for more")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # so that the hosts are taken down
     kept = Store(CACHE / "chaos" / harness.code())
     wanted = [(name, seed) for seed in range(options.seeds) for name in options.fault or FAULTS]
     missing = [(name, seed) for name, seed in wanted if not kept.exists(_key(name, seed))]

@@ -146,7 +146,7 @@ FAULTS: dict[str, Fault] = {
     "S3 silent 20 s": Fault(stop_s3),
     "S3 refuses 20 s": Fault(refuse_s3),
     "S3 5 % errors": Fault(spoil_s3),
-    "newest checkpoint corrupted": Fault(corrupt_newest, falls_back=1, says="unusable"),
+    "newest checkpoint corrupted": Fault(corrupt_newest, earliest=65, falls_back=1, says="unusable"),
     "MLflow away 20 s": Fault(stop_mlflow),
     "disk full": Fault(fill_disk, storage=small_disk),
     "NaN in one rank": Fault(poison, spares=True, says=r"step \d+ is not taken"),

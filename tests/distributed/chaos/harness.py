@@ -29,7 +29,7 @@ from service.data.store import Store
 from service.engine.checkpoint import committed
 from tests.distributed.chaos.hosts import ROOT, Cluster
 
-STEPS, LATEST = 240, 130  # of a run, and before which a fault comes: 100 steps and more follow it
+STEPS, EARLIEST, LATEST = 240, 25, 130  # of a run, and between which a fault comes: 100 steps and more follow it
 SECONDS = 400.0  # within which a disturbed run ends
 RELATIVE = 1e-9  # of losses in another world
 PROMISED = "finished, equal"
@@ -160,6 +160,7 @@ class Fault:
         again: the driver ends by it, and the command is given again, with these changes.
         first: changes of the first command.
         settings: of both commands, and of the undisturbed run.
+        earliest: step before which it does not come.
         falls_back: committed checkpoints that may be lost.
         spares: the run goes on as if a step had not been, so that losses differ from it on.
         says: pattern of what the run must tell about it.
@@ -170,6 +171,7 @@ class Fault:
     again: tuple[str, ...] | None = None
     first: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    earliest: int = EARLIEST
     falls_back: int = 0
     spares: bool = False
     says: str | None = None
@@ -234,7 +236,7 @@ def ids_of(found: list[Life]) -> list[dict[int, list[int]]]:
 def disturb(cluster: Cluster, name: str, fault: Fault, seed: int, data: str, expected: Reference) -> dict[str, Any]:
     """Run once with the fault at a step drawn from the seed, and return what came of it."""
     rng = random.Random(f"{name} {seed}")
-    at = rng.randrange(25, LATEST)
+    at = rng.randrange(fault.earliest, LATEST)
     repeat = 1 + seed + 1000 * (1 + int(hashlib.sha256(name.encode()).hexdigest()[:4], 16))
     with _environment(cluster.s3.env()), (fault.storage or _on_s3)(cluster) as storage:
         scene = Scene(cluster, [*SETTINGS, f"data.uri={data}", *fault.settings], repeat, storage)

@@ -1,39 +1,106 @@
-"""Where a job can run: a named profile of `profiles/`, or the address of a Ray cluster's job API."""
+"""Where a job can run: a named profile of `profiles/`, a file of one's own, or the address of a Ray job API."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster import local
+from cluster.hardware import GPUS, Count, Frozen, Interconnect, Node, NonNegative, Precision, this_node
 from datasets_prep.errors import UserError
+
+__all__ = ["GPUS", "Profile", "ProfileFile", "names", "read", "resolve"]
 
 _FOLDER = Path(__file__).with_name("profiles")
 _LOCAL_STACK = "local stack"
+_THIS_MACHINE = "this machine"
 _SECONDS = 5.0
+_SCHEMES = ("http://", "https://")
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|ACCESS_KEY|API_KEY")
 
 
-class ProfileFile(BaseModel):
-    """What a profile's file says."""
+class Installed(Frozen):
+    """The nodes have Tessera's packages already."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["installed"] = "installed"
 
-    jobs_address: str
+
+class Packages(Frozen):
+    """The packages of a lock are installed on the nodes."""
+
+    kind: Literal["packages"] = "packages"
+    lock: str = Field("requirements.lock", description="file of the checkout, as `pip install -r` takes it")
+
+
+class Image(Frozen):
+    """The nodes run in containers of an image, such as docker/train.Dockerfile makes."""
+
+    kind: Literal["image"] = "image"
+    image: str = Field(min_length=1, description="name that the nodes pull it by, with a tag or digest")
+
+
+Runtime = Annotated[Installed | Packages | Image, Field(discriminator="kind")]
+
+
+class ProfileFile(Frozen):
+    """What a profile's file says of a cluster, whether or not it runs: no network was asked."""
+
+    jobs_address: str | None = Field(
+        None, description="Ray's job API, http://host:port; none: RAY_API_SERVER_ADDRESS of the environment"
+    )
+    nodes: Count
+    node: Node
+    interconnect: Interconnect = Interconnect()  # pyright: ignore[reportCallIssue]
+    precision: Precision = Field("bf16", description="what the hardware is fastest in at no loss of range")
+    storage_uri: str | None = Field(None, description="root of all runs; none: TESSERA_STORAGE of the environment")
+    tracking_uri: str | None = Field(None, description="MLflow; none: MLFLOW_TRACKING_URI of the environment")
+    runtime: Runtime = Installed()
+    env: dict[str, str] = Field({}, description="environment of every process of a job, such as NCCL_… and FI_…")
+    secrets: tuple[str, ...] = Field((), description="names of environment variables whose values stay outside")
+    price_per_node_hour: NonNegative | None = Field(None, description="of one node, in `currency`")
+    currency: str = "USD"
+    price_note: str | None = Field(None, description="where and when that price held")
+
+    @field_validator("node", mode="before")
+    @classmethod
+    def _look_up(cls, value: Any) -> Any:
+        return this_node() if value == _THIS_MACHINE else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileFile:
+        for name in (*self.env, *self.secrets):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an environment variable: use capitals, digits and _")
+        for name in self.env:
+            if _SECRET.search(name):
+                raise ValueError(f"env.{name} would show its value to all: name it in `secrets`, without the value")
+        for name in ("jobs_address", "tracking_uri", "storage_uri"):
+            if re.search(r"://[^/]*@", getattr(self, name) or ""):
+                raise ValueError(f"{name} holds a password: leave it out, and name its variable in `secrets`")
+        if (address := self.jobs_address) and address != _LOCAL_STACK and not address.startswith(_SCHEMES):
+            raise ValueError(f"jobs_address={address} must begin with http:// or https://")
+        if self.nodes > 1 and self.interconnect.between == "none":
+            raise ValueError(f"nodes={self.nodes} with interconnect.between=none: say what connects them")
+        return self
 
 
 class Profile(BaseModel):
     """A cluster that answers, and what talking to it takes.
 
     `env` is the environment of a client: Ray's token, S3 keys, addresses. `cpus` and `gpus` are those of all nodes.
+    `file` is what its profile says, none for an address.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,50 +112,114 @@ class Profile(BaseModel):
     env: dict[str, str]
     cpus: float
     gpus: float
+    file: ProfileFile | None
+
+
+def names() -> list[str]:
+    """Profiles that ship with Tessera."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def describe(name: str) -> str:
+    """First comment of a shipped profile, as one line."""
+    return (_FOLDER / f"{name}.yaml").read_text().split("\n", 1)[0].lstrip("# ")
+
+
+def read(name: str) -> ProfileFile:
+    """Read a shipped profile by name, or a YAML file by path; asks no network.
+
+    Raises:
+        UserError: unknown profile, no such file, or one that says what it must not; all faults at once.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if path.parent == _FOLDER and path.stem not in names():
+        known = " or ".join(names())
+        raise UserError(f"--cluster {name}: unknown profile: use {known}, a file.yaml, or an address http://host:port")
+    try:
+        return ProfileFile.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"--cluster {name}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--cluster {name} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        faults = [f"  {_explain(fault)}" for fault in error.errors()]
+        raise UserError("\n".join([f"--cluster {name}: {len(faults)} fault(s) in the profile:", *faults])) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    """One line: dotted name, value, constraint."""
+    dotted = ".".join(str(part) for part in fault["loc"])
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{dotted} is no key of a profile; there are: {', '.join(ProfileFile.model_fields)}"
+    given = "" if isinstance(fault["input"], dict) else f"={fault['input']!r}"
+    return f"{dotted}{given}: {message}" if dotted else message
 
 
 def resolve(cluster: str) -> Profile:
-    """Find a cluster by profile name (`local`) or job API address (`http://host:port`), and ask what it has.
+    """Find a cluster by profile name or file, or job API address (`http://host:port`), and ask what it has.
 
     Raises:
-        UserError: unknown profile, no cluster there, wrong token, or no MLflow or storage named for an address.
+        UserError: unknown profile, no cluster there, wrong token, no MLflow or storage named, or a cluster that lacks
+            what its profile says.
     """
-    address = cluster.rstrip("/") if cluster.startswith(("http://", "https://")) else _read(cluster).jobs_address
+    file = None if cluster.startswith(_SCHEMES) else read(cluster)
+    address = (cluster if file is None else _address(cluster, file)).rstrip("/")
     stack = local.current()
     if stack is not None and address in (_LOCAL_STACK, stack.ray_address):
         address, env = stack.ray_address, local.client_environment(stack)
     elif address == _LOCAL_STACK:
         raise UserError(f"--cluster {cluster}: no stack runs on this machine: start it with `tessera up`")
     else:
-        env = _environment(address)
-    resources = _resources(address, env)
+        env = _environment(cluster, address, file)
+    nodes = _nodes(address, env)
+    if file is not None and file.jobs_address != _LOCAL_STACK:
+        _check_nodes(cluster, file, nodes)
     return Profile(
         name=cluster,
         jobs_address=address,
         tracking_uri=env["MLFLOW_TRACKING_URI"],
         storage_uri=env["TESSERA_STORAGE"],
         env=env,
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
+        cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        file=file,
     )
 
 
-def _read(name: str) -> ProfileFile:
-    path = _FOLDER / f"{name}.yaml"
-    known = sorted(file.stem for file in _FOLDER.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"--cluster {name}: unknown profile: use {' or '.join(known)}, or an address http://host:port")
-    return ProfileFile.model_validate(yaml.safe_load(path.read_text()))
+def _address(cluster: str, file: ProfileFile) -> str:
+    address = file.jobs_address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise UserError(
+            f"--cluster {cluster} says what the cluster is, and not where: set RAY_API_SERVER_ADDRESS="
+            f"http://host:port, or jobs_address in a copy of the profile (`tessera cluster show {cluster}`)"
+        )
+    return address
 
 
-def _environment(address: str) -> dict[str, str]:
-    """Take from this process's environment what an address alone does not tell."""
-    for name, example in (("MLFLOW_TRACKING_URI", "http://host:5000"), ("TESSERA_STORAGE", "s3://runs")):
-        if not os.environ.get(name):
-            raise UserError(f"--cluster {address} needs {name} in the environment, such as {name}={example}")
+def _environment(cluster: str, address: str, file: ProfileFile | None) -> dict[str, str]:
+    """Take from the profile, else from this process's environment, what an address alone does not tell."""
     wanted = ("MLFLOW_TRACKING_URI", "TESSERA_STORAGE", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     env = {name: os.environ[name] for name in wanted if os.environ.get(name)}
+    said = {} if file is None else {"MLFLOW_TRACKING_URI": file.tracking_uri, "TESSERA_STORAGE": file.storage_uri}
+    env |= {name: value for name, value in said.items() if value}
+    for name, example in (("MLFLOW_TRACKING_URI", "http://host:5000"), ("TESSERA_STORAGE", "s3://runs")):
+        if name not in env:
+            raise UserError(f"--cluster {cluster} needs {name} in the environment, such as {name}={example}")
     return {"RAY_API_SERVER_ADDRESS": address, **({"RAY_AUTH_MODE": "token"} if _token(env) else {}), **env}
+
+
+def _check_nodes(cluster: str, file: ProfileFile, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Check that as many nodes as the profile says have the CPUs and GPUs that it says."""
+    wanted = file.node
+    enough = [node for node in nodes if node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus]
+    if len(enough) < file.nodes:
+        kinds = Counter(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        there = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
+        raise UserError(
+            f"--cluster {cluster} says {file.nodes} nodes of {wanted.cpus} CPUs and {wanted.gpus} GPUs; nodes of the "
+            f"cluster: {there}: start what is missing, or name a profile that fits"
+        )
 
 
 def _token(env: Mapping[str, str]) -> str | None:
@@ -101,8 +232,8 @@ def _token(env: Mapping[str, str]) -> str | None:
     return path.read_text().strip() if path.is_file() else None
 
 
-def _resources(address: str, env: Mapping[str, str]) -> dict[str, float]:
-    """Sum the resources of the cluster's live nodes; the question proves address and token."""
+def _nodes(address: str, env: Mapping[str, str]) -> list[dict[str, float]]:
+    """Ask for the resources of each living node; the question proves address and token."""
     token = _token(env)
     request = urllib.request.Request(f"{address}/api/v0/nodes?detail=true")
     if token:
@@ -119,9 +250,4 @@ def _resources(address: str, env: Mapping[str, str]) -> dict[str, float]:
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"no Ray cluster at {address} ({reason}): check host and port of its dashboard") from error
-    total: dict[str, float] = {}
-    for node in nodes:
-        if node["state"] == "ALIVE":
-            for name, amount in node["resources_total"].items():
-                total[name] = total.get(name, 0.0) + amount
-    return total
+    return [cast(dict[str, float], node["resources_total"]) for node in nodes if node["state"] == "ALIVE"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 
-from cluster.profiles import resolve
+from cluster.hardware import GPUS, _nvidia_models, this_node
+from cluster.profiles import names, read, resolve
 from datasets_prep.errors import UserError
 
 TOKEN = "secret"
@@ -48,7 +51,7 @@ def dashboard() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -100,5 +103,104 @@ def test_local_needs_a_stack():
 
 
 def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(UserError, match="unknown profile: use local, or an address"):
-        resolve("a100x8")
+    with pytest.raises(UserError, match="unknown profile: use a100x8 or .* or local or .*, a file.yaml, or an address"):
+        resolve("a100x9")
+
+
+MINE = {
+    "nodes": 2,
+    "node": {"cpus": 2, "memory_gib": 8, "shm_gib": 2, "disk_gib": 20},
+    "interconnect": {"between": "ethernet"},
+}
+
+
+def _written(tmp_path, **changes) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(MINE | changes))
+    return str(path)
+
+
+def test_every_shipped_profile_says_what_its_name_does():
+    gpus = {name: (read(name).nodes, read(name).node.gpus, read(name).node.gpu) for name in names() if name != "local"}
+    assert gpus == {
+        "a100x8": (1, 8, "a100-80gb"),
+        "a100x8-40gb": (1, 8, "a100-40gb"),
+        "a100x8x4": (4, 8, "a100-80gb"),
+        "cpu-cluster": (4, 0, None),
+        "rtx4090": (1, 1, "rtx4090"),
+        "rtx4090x2": (1, 2, "rtx4090"),
+    }
+
+
+def test_local_is_what_this_machine_has():
+    node = read("local").node
+    assert node == this_node() and node.cpus == len(os.sched_getaffinity(0)) and node.shm_gib <= node.memory_gib
+
+
+def test_gpus_are_found_by_what_the_driver_reports(tmp_path):
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:  \t\t 17\n")
+    assert _nvidia_models(tmp_path) == [GPUS["h200"].product]
+
+
+def test_a_file_of_one_s_own_says_where_runs_and_tracking_are(dashboard, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    file = _written(tmp_path, jobs_address=dashboard, storage_uri="s3://mine", tracking_uri="http://mine:5000")
+    profile = resolve(file)
+    assert (profile.storage_uri, profile.tracking_uri) == ("s3://mine", "http://mine:5000")
+    assert profile.file == read(file) and profile.file.storage_uri == profile.env["TESSERA_STORAGE"]
+
+
+def test_a_profile_without_address_takes_ray_s_own_variable(dashboard, monkeypatch, tmp_path):
+    file = _written(tmp_path)
+    with pytest.raises(UserError, match="says what the cluster is, and not where: set RAY_API_SERVER_ADDRESS"):
+        resolve(file)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", dashboard)
+    assert resolve(file).jobs_address == dashboard
+
+
+@pytest.mark.parametrize(
+    ("nodes", "node"), [(3, {}), (2, {"cpus": 4}), (1, {"gpus": 2}), (1, {"gpus": 8, "gpu": "a100-80gb"})]
+)
+def test_a_cluster_that_lacks_what_its_profile_says_is_told_what_there_is(
+    dashboard, monkeypatch, tmp_path, nodes, node
+):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    file = _written(tmp_path, jobs_address=dashboard, nodes=nodes, node=MINE["node"] | node)
+    with pytest.raises(UserError, match="1 of 2 CPUs and 0 GPUs, 1 of 6 CPUs and 1 GPUs: start what is missing"):
+        resolve(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"color": "red"}, "color is no key of a profile; there are: jobs_address, nodes,"),
+        ({"nodes": 0}, "nodes=0: .*greater than or equal to 1"),
+        ({"interconnect": {}}, "interconnect.between=none: say what connects them"),
+        ({"node": MINE["node"] | {"gpus": 1, "gpu": "rtx4080"}}, "gpu=rtx4080 is none of rtx4090, a100-40gb"),
+        ({"node": MINE["node"] | {"gpu": "h100"}}, "gpu=h100 with gpus=0"),
+        ({"node": MINE["node"] | {"shm_gib": 9}}, "shm_gib=9 must not exceed memory_gib=8"),
+        ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, "env.AWS_SECRET_ACCESS_KEY would show its value"),
+        ({"secrets": ["RAY_AUTH_TOKEN=x"]}, "is no name of an environment variable"),
+        ({"storage_uri": "s3://me:word@runs"}, "storage_uri holds a password"),
+        ({"jobs_address": "host:8265"}, "jobs_address=host:8265 must begin with http"),
+        ({"runtime": {"kind": "conda"}}, "runtime=?.*installed.*packages.*image"),
+    ],
+)
+def test_a_faulty_profile_is_named_with_its_cure(tmp_path, change, said):
+    with pytest.raises(UserError, match=said):
+        read(_written(tmp_path, **change))
+
+
+def test_all_faults_of_a_profile_come_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"3 fault\(s\)"):
+        read(_written(tmp_path, nodes=-1, color="red", precision="fp8"))
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_said(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        read("nowhere/mine.yaml")
+    (tmp_path / "mine.yaml").write_text("nodes: [")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        read(str(tmp_path / "mine.yaml"))

@@ -29,7 +29,7 @@ from service.data.store import Store
 from service.engine.checkpoint import committed
 from tests.distributed.chaos.hosts import ROOT, Cluster
 
-STEPS, EARLIEST, LATEST = 240, 25, 130  # of a run, and between which a fault comes: 100 steps and more follow it
+STEPS, EARLIEST, LATEST = 190, 25, 90  # of a run, and between which a fault comes: 100 steps and more follow it
 SECONDS = 400.0  # within which a disturbed run ends
 RELATIVE = 1e-9  # of losses in another world
 PROMISED = "finished, equal"
@@ -38,7 +38,7 @@ SETTINGS = [
     "data.partitions=8",
     "family.encoder={kind: resnet, depth: 10, width: 4, norm: group}",
     "family.projector={layers: 2, hidden: 32, output: 32, norm: layer}",
-    "schedule={steps: 240, warmup_epochs: 1, start_lr: 0}",
+    "schedule={steps: 190, warmup_epochs: 1, start_lr: 0}",
     "optim.lr=3e-5",
     "compute={precision: fp64, threads: 1, deterministic: true, device: cpu}",
     "parallel.workers=2",

@@ -6,17 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from datasets_prep.errors import UserError
-from jobs import cli_checkpoints, cli_data, cli_shards
-from jobs.terminal import as_json, emit, note, stack_environment
-
-if TYPE_CHECKING:
-    from cluster.profiles import Profile
-    from jobs.submit import Submission
+from jobs import cli_checkpoints, cli_data, cli_jobs, cli_shards
+from jobs.terminal import as_json, emit, on_cluster, open_cluster, stack_environment
 
 _EXAMPLES = """
 \b
@@ -28,10 +23,6 @@ Examples:
   tessera evaluate models:/demo@champion         score a registered encoder
   tessera down                                   stop what `up` started
 """
-
-on_cluster = click.option(
-    "--cluster", default="local", show_default=True, help="Profile name, or a Ray job address http://host:port."
-)
 
 
 @click.group(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -65,7 +56,7 @@ def up(data: Path, s3: bool, cpus: int | None, as_json: bool) -> None:
     from cluster import local
 
     stack = local.up(data, s3=s3, cpus=cpus, report=lambda line: click.echo(line, err=as_json))
-    _reconcile(_profile("local"))
+    cli_jobs.tell_dead(open_cluster("local"))
     _links(as_json)
     if not as_json:
         click.echo(f"runs are kept in {stack.storage_uri}; `tessera down` stops the stack and keeps them")
@@ -129,202 +120,8 @@ def _links(as_json: bool) -> dict[str, str]:
     return links
 
 
-for _command in (*cli_data.COMMANDS, *cli_shards.COMMANDS, cli_checkpoints.checkpoints):
+for _command in (*cli_data.COMMANDS, *cli_shards.COMMANDS, *cli_jobs.COMMANDS, cli_checkpoints.checkpoints):
     cli.add_command(_command)
-
-
-@cli.command(
-    epilog="\b\nExamples:\n  tessera submit demo\n  tessera submit rapid optim.lr=0.3 schedule.epochs=100\n"
-    "  tessera submit cifar10-cpu data.uri=s3://data/cifar10 --no-follow\n"
-    "  tessera submit mine.yaml --dry-run\n"
-    "  tessera submit demo optim.lr=0.005 --resume demo-1a2b3c4d5e --allow-change optim.lr\n\n"
-    "The same command again follows, resumes or shows the run."
-)
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@on_cluster
-@click.option("--dry-run", is_flag=True, help="Check and print the plan; submit nothing.")
-@click.option("--follow/--no-follow", default=True, show_default=True, help="Show the log until the job ends.")
-@click.option("--new", is_flag=True, help="Repeat a run that has finished.")
-@click.option("--resume", metavar="RUN", help="Go on with this unfinished run, whatever config and code began it.")
-@click.option("--allow-change", "allowed", metavar="KEY", multiple=True, help="Setting that may differ from RUN's.")
-@as_json
-def submit(
-    recipe: str,
-    overrides: tuple[str, ...],
-    cluster: str,
-    dry_run: bool,
-    follow: bool,
-    new: bool,
-    resume: str | None,
-    allowed: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Train RECIPE on a cluster: start the run, resume it, follow it or show its result."""
-    from jobs import plan, recipes
-
-    if resume is None and allowed or resume is not None and new:
-        raise UserError("--allow-change goes with --resume RUN, and --new does not: add the one or drop the other")
-    if allowed:
-        overrides += (f"checkpoint.allow_changes=[{', '.join(allowed)}]",)
-    config = recipes.load(recipe, overrides)
-    profile = _profile(cluster)
-    made = plan.make(config)
-    if not as_json:
-        for name, value in made.rows():
-            click.echo(f"{name:<10} {value}")
-    from jobs import submit as submitting
-
-    submitting.prepare(made, profile)
-    done = submitting.submit(made, profile, dry_run=dry_run, new=new, resume=resume)
-    _announce(done, made.summary(), as_json, follow)
-    if done.state == "finished":
-        _show_result(profile, done.run, as_json)
-    elif done.job and follow:
-        sys.exit(_follow(profile, done.run, done.job, as_json))
-
-
-def _announce(done: Submission, plan: dict[str, Any], as_json: bool, follow: bool) -> None:
-    if as_json:
-        if done.state != "finished" and not (done.job and follow):
-            emit({"run": done.run, "state": done.state, "job": done.job, "package_bytes": done.package_bytes, **plan})
-        return
-    click.echo(f"{'package':<10} {done.package_bytes / 1024:.0f} KiB at {done.commit or 'no commit'}")
-    for name in done.untracked:
-        click.echo(f"warning: {name} is not tracked by git and not packed: `git add` it", err=True)
-    click.echo(f"{'run':<10} {done.run}  {done.state}" + (f" as job {done.job}" if done.job else ""))
-
-
-def _follow(profile: Profile, run: str, job: str, as_json: bool) -> int:
-    """Show a job's log; the exit code is the job's, 130 when the person stops watching."""
-    from jobs import submit as submitting
-
-    with submitting.job_client(profile) as client:
-        try:
-            code = submitting.follow(client, job, _line_printer(as_json))
-        except KeyboardInterrupt:
-            note(f"\nthe job goes on: `tessera jobs logs {run}` follows it, `tessera jobs stop {run}` stops it")
-            return 130
-    if code == 0:
-        _show_result(profile, run, as_json)
-    return code
-
-
-def _line_printer(as_json: bool) -> Any:
-    """Print log lines; on a terminal, progress lines overwrite one another."""
-    terminal = sys.stderr.isatty()
-    overwrite = False
-
-    def show(line: str) -> None:
-        nonlocal overwrite
-        if overwrite:
-            click.echo("\r\x1b[K", nl=False, err=True)
-        overwrite = terminal and line.startswith("step ")
-        click.echo(line, nl=not overwrite, err=as_json or overwrite)
-
-    return show
-
-
-def _show_result(profile: Profile, run: str, as_json: bool) -> None:
-    from jobs import submit as submitting
-    from service.data.store import Store
-
-    result = submitting.read_result(Store(profile.storage_uri), run)
-    assert result is not None
-    if as_json:
-        emit({"run": run, **result})
-    else:
-        _table(result)
-        click.echo(f"encoder {result['model_uri']}   MLflow run {result['mlflow_run']}")
-
-
-def _table(result: dict[str, Any]) -> None:
-    from jobs.table import render
-
-    click.echo(render(result))
-
-
-def _profile(cluster: str) -> Profile:
-    """Resolve a cluster and take over its environment, so that stores and MLflow are reached as its jobs reach them."""
-    from cluster import profiles
-
-    profile = profiles.resolve(cluster)
-    os.environ.update(profile.env)
-    return profile
-
-
-def _reconcile(profile: Profile) -> None:
-    from jobs import submit as submitting
-
-    for run in submitting.reconcile(profile):
-        note(f"{run} is over, its driver died: MLflow knows now")
-
-
-@cli.group()
-def jobs() -> None:
-    """List, follow and stop jobs."""
-
-
-@jobs.command("list")
-@on_cluster
-@as_json
-def list_jobs(cluster: str, as_json: bool) -> None:
-    """List the jobs of runs, oldest first."""
-    from jobs import submit as submitting
-
-    profile = _profile(cluster)
-    _reconcile(profile)
-    with submitting.job_client(profile) as client:
-        rows: list[dict[str, Any]] = [
-            {
-                "run": (job.metadata or {}).get("run"),
-                "job": job.submission_id,
-                "state": str(job.status.value),
-                "started": job.start_time,
-                "ended": job.end_time,
-                "exit_code": job.driver_exit_code,
-            }
-            for job in submitting.jobs_of(client)
-        ]
-    if as_json:
-        emit({"jobs": rows})
-    for row in [] if as_json else rows:
-        seconds = ((row["ended"] or 0) - (row["started"] or 0)) / 1000
-        click.echo(f"{row['job']:<40} {row['state']:<10} {f'{seconds:.0f} s' if seconds > 0 else ''}")
-
-
-@jobs.command()
-@click.argument("run")
-@on_cluster
-@click.option("--follow/--no-follow", default=True, show_default=True)
-def logs(run: str, cluster: str, follow: bool) -> None:
-    """Show the log of a RUN's newest job, or of a job; the exit code is the job's when followed."""
-    from jobs import submit as submitting
-
-    profile = _profile(cluster)
-    with submitting.job_client(profile) as client:
-        job = submitting.find_job(client, run)
-        assert job.submission_id is not None
-        if not follow:
-            click.echo(client.get_job_logs(job.submission_id), nl=False)
-            return
-    sys.exit(_follow(profile, (job.metadata or {})["run"], job.submission_id, as_json=False))
-
-
-@jobs.command()
-@click.argument("run")
-@on_cluster
-def stop(run: str, cluster: str) -> None:
-    """Stop a RUN's job; `tessera submit` with the same arguments resumes from its last checkpoint."""
-    from jobs import submit as submitting
-
-    with submitting.job_client(_profile(cluster)) as client:
-        job = submitting.find_job(client, run)
-        assert job.submission_id is not None
-        if job.status not in submitting.ALIVE:
-            raise UserError(f"job {job.submission_id} has ended already ({job.status.value}): nothing to stop")
-        client.stop_job(job.submission_id)
-    click.echo(f"stopped {job.submission_id}")
 
 
 @cli.command(
@@ -340,13 +137,14 @@ def evaluate(model: str, data: str | None, labels: tuple[int, ...], tracking_uri
     """Score a registered encoder MODEL (models:/NAME@ALIAS) beside raw pixels and random weights."""
     stack_environment()
     from jobs.evaluate import evaluate as run_evaluation
+    from jobs.table import render
 
     overrides = {"labels_per_class": labels} if labels else {}
     result = run_evaluation(_tracking(tracking_uri), model, data, overrides)
     if as_json:
         emit(result)
         return
-    _table(result)
+    click.echo(render(result))
     if result["trained_on"] != result["fingerprint"]:
         click.echo(f"note: trained on data {result['trained_on']}, evaluated on {result['fingerprint']}")
 
@@ -366,7 +164,7 @@ def register(run: str, cluster: str, as_json: bool) -> None:
     """Register the encoder of a trained RUN again, after MLflow failed it; the same run keeps its version."""
     from jobs import train
 
-    profile = _profile(cluster)
+    profile = open_cluster(cluster)
     result = train.register_again(run, profile.storage_uri, profile.tracking_uri)
     if as_json:
         emit(result)
@@ -382,7 +180,7 @@ def sync(run: str, cluster: str) -> None:
     from jobs import train
     from service import tracking
 
-    profile = _profile(cluster)
+    profile = open_cluster(cluster)
     store, state = train.find_run(run, profile.storage_uri)
     click.echo(f"sent {tracking.sync(store, profile.tracking_uri, state['mlflow_run'])} values")
 
@@ -409,7 +207,7 @@ def report(run: str, cluster: str, gpus: int, mtbf_hours: float, as_json: bool) 
     """
     from jobs import report as reporting
 
-    store = reporting.open_run(run, "" if "/" in run else _profile(cluster).storage_uri)
+    store = reporting.open_run(run, "" if "/" in run else open_cluster(cluster).storage_uri)
     found, expected = reporting.report(store, gpus, mtbf_hours)
     if as_json:
         emit({"run": run, **reporting.plain(found, expected)})

@@ -7,13 +7,19 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from cluster.profiles import Profile
 
 _LINE_SECONDS = 10
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON line, for programs.")
+on_cluster = click.option(
+    "--cluster", default="local", show_default=True, help="Profile name, or a Ray job address http://host:port."
+)
 
 
 def emit(row: dict[str, Any]) -> None:
@@ -78,3 +84,12 @@ def stack_environment() -> None:
     if stack is not None:
         for name, value in local.client_environment(stack).items():
             os.environ.setdefault(name, value)
+
+
+def open_cluster(cluster: str) -> Profile:
+    """Resolve a cluster and take over its environment, so that stores and MLflow are reached as its jobs reach them."""
+    from cluster import profiles
+
+    profile = profiles.resolve(cluster)
+    os.environ.update(profile.env)
+    return profile

@@ -110,6 +110,7 @@ class Interconnect(Frozen):
     kind: Literal["none", "pcie", "nvlink"] = Field("none", description="between the GPUs of a node")
     between: Literal["none", "ethernet", "efa", "infiniband"] = Field("none", description="between nodes")
     gbit_per_second: NonNegative = Field(0.0, description="of a node, to all others together")
+    pod_resources: dict[str, str] = Field({}, description="what a Kubernetes pod asks for, to use the adapters")
 
 
 def this_node() -> Node:

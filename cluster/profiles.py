@@ -67,6 +67,8 @@ class ProfileFile(Frozen):
     storage_uri: str | None = Field(None, description="root of all runs; none: TESSERA_STORAGE of the environment")
     tracking_uri: str | None = Field(None, description="MLflow; none: MLFLOW_TRACKING_URI of the environment")
     runtime: Runtime = Installed()
+    hosts: tuple[str, ...] = Field((), description="addresses of the nodes where they are known, the head first")
+    ssh_user: str = Field("ubuntu", description="who may log in to the hosts")
     env: dict[str, str] = Field({}, description="environment of every process of a job, such as NCCL_… and FI_…")
     secrets: tuple[str, ...] = Field((), description="names of environment variables whose values stay outside")
     price_per_node_hour: NonNegative | None = Field(None, description="of one node, in `currency`")
@@ -91,6 +93,8 @@ class ProfileFile(Frozen):
                 raise ValueError(f"{name} holds a password: leave it out, and name its variable in `secrets`")
         if (address := self.jobs_address) and address != _LOCAL_STACK and not address.startswith(_SCHEMES):
             raise ValueError(f"jobs_address={address} must begin with http:// or https://")
+        if self.hosts and len(self.hosts) != self.nodes:
+            raise ValueError(f"hosts={list(self.hosts)} names {len(self.hosts)} of nodes={self.nodes}: name each once")
         if self.nodes > 1 and self.interconnect.between == "none":
             raise ValueError(f"nodes={self.nodes} with interconnect.between=none: say what connects them")
         return self
@@ -125,8 +129,8 @@ def describe(name: str) -> str:
     return (_FOLDER / f"{name}.yaml").read_text().split("\n", 1)[0].lstrip("# ")
 
 
-def read(name: str) -> ProfileFile:
-    """Read a shipped profile by name, or a YAML file by path; asks no network.
+def read(name: str, overrides: Sequence[str] = ()) -> ProfileFile:
+    """Read a shipped profile by name, or a YAML file by path, and apply `key.sub=value` overrides; asks no network.
 
     Raises:
         UserError: unknown profile, no such file, or one that says what it must not; all faults at once.
@@ -136,7 +140,10 @@ def read(name: str) -> ProfileFile:
         known = " or ".join(names())
         raise UserError(f"--cluster {name}: unknown profile: use {known}, a file.yaml, or an address http://host:port")
     try:
-        return ProfileFile.model_validate(yaml.safe_load(path.read_text()))
+        tree = yaml.safe_load(path.read_text())
+        for override in overrides:
+            tree = _overridden(tree, override)
+        return ProfileFile.model_validate(tree)
     except FileNotFoundError:
         raise UserError(f"--cluster {name}: there is no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -144,6 +151,22 @@ def read(name: str) -> ProfileFile:
     except ValidationError as error:
         faults = [f"  {_explain(fault)}" for fault in error.errors()]
         raise UserError("\n".join([f"--cluster {name}: {len(faults)} fault(s) in the profile:", *faults])) from None
+
+
+def _overridden(tree: Any, override: str) -> Any:
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise UserError(f"{override!r} is no override: write key.sub=value, such as node.cpus=8")
+    first, dot, rest = key.partition(".")
+    below: Any = tree if isinstance(tree, dict) else {}
+    return below | {first: _overridden(below.get(first), f"{rest}={text}") if dot else _parsed(text)}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _explain(fault: Mapping[str, Any]) -> str:

@@ -1,0 +1,56 @@
+"""Every line of the Dockerfiles, carried out in a clean Debian; what comes out works as the image's own user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.images import Stage, build, debian
+
+ROOT = Path(__file__).parents[2]
+LIST = """
+import importlib.metadata as metadata
+for each in metadata.distributions():
+    print(each.name.lower().replace("_", "-").replace(".", "-") + "==" + each.version)
+"""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("debootstrap") is None, reason="needs root and Debian's debootstrap"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("debian") / "root"
+    debian(root)
+    return root
+
+
+def _built(name: str, base: Path, tmp_path: Path) -> Stage:
+    stage = build(ROOT / "docker" / f"{name}.Dockerfile", ROOT, base, tmp_path)
+    assert stage.run("id", "-u").strip() == stage.user == "1000"
+    return stage
+
+
+def test_nodes_of_a_cluster_have_what_they_run(base, tmp_path):
+    stage = _built("train", base, tmp_path)
+    assert "Train, evaluate and register" in stage.run(*stage.command)
+    assert "rapid" in stage.run("tessera", "recipes")
+    stage.run("python", "-c", "import jobs.train, jobs.supervise, service.engine.loop, torchvision, ray.train, mlflow")
+    for tool in ("ray", "g++", "wget", "bash"):
+        stage.run("which", tool)
+    installed = stage.run("python", "-c", LIST).split()
+    locked = {line.split(" ;")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert [line for line in installed if line not in locked] == ["tessera-jepa==0.1.0"]
+    assert not {line.split("==")[0] for line in installed} & {"pytest", "ruff", "pyright", "uv"}
+
+
+def test_mlflow_has_its_database_driver(base, tmp_path):
+    stage = _built("tracking", base, tmp_path)
+    assert "Usage: mlflow server" in stage.run("mlflow", "server", "--help")
+    stage.run("python", "-c", "import psycopg2, boto3")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import re
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cluster import address as ray
 from cluster import local
 from cluster.hardware import GPUS, Count, Frozen, Interconnect, Node, NonNegative, Precision, this_node
 from datasets_prep.errors import UserError
@@ -25,7 +22,6 @@ __all__ = ["GPUS", "Profile", "ProfileFile", "names", "read", "resolve"]
 _FOLDER = Path(__file__).with_name("profiles")
 _LOCAL_STACK = "local stack"
 _THIS_MACHINE = "this machine"
-_SECONDS = 5.0
 _SCHEMES = ("http://", "https://")
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|ACCESS_KEY|API_KEY")
@@ -195,7 +191,8 @@ def resolve(cluster: str) -> Profile:
         raise UserError(f"--cluster {cluster}: no stack runs on this machine: start it with `tessera up`")
     else:
         env = _environment(cluster, address, file)
-    nodes = _nodes(address, env)
+    alive = (node for node in ray.nodes(address, env) if node["state"] == "ALIVE")
+    nodes: list[dict[str, float]] = [node["resources_total"] for node in alive]
     if file is not None and file.jobs_address != _LOCAL_STACK:
         _check_nodes(cluster, file, nodes)
     return Profile(
@@ -229,7 +226,13 @@ def _environment(cluster: str, address: str, file: ProfileFile | None) -> dict[s
     for name, example in (("MLFLOW_TRACKING_URI", "http://host:5000"), ("TESSERA_STORAGE", "s3://runs")):
         if name not in env:
             raise UserError(f"--cluster {cluster} needs {name} in the environment, such as {name}={example}")
-    return {"RAY_API_SERVER_ADDRESS": address, **({"RAY_AUTH_MODE": "token"} if _token(env) else {}), **env}
+    trusted = ray.ca_file(os.environ)
+    return {
+        "RAY_API_SERVER_ADDRESS": address,
+        **({"RAY_AUTH_MODE": "token"} if ray.token(env) else {}),
+        **(dict.fromkeys(ray.CA_VARIABLES, trusted) if trusted else {}),  # each library reads another one
+        **env,
+    }
 
 
 def _check_nodes(cluster: str, file: ProfileFile, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -243,34 +246,3 @@ def _check_nodes(cluster: str, file: ProfileFile, nodes: Sequence[Mapping[str, f
             f"--cluster {cluster} says {file.nodes} nodes of {wanted.cpus} CPUs and {wanted.gpus} GPUs; nodes of the "
             f"cluster: {there}: start what is missing, or name a profile that fits"
         )
-
-
-def _token(env: Mapping[str, str]) -> str | None:
-    """Find Ray's token as Ray itself does: variable, named file, file in the home folder."""
-    if env.get("RAY_AUTH_MODE", "token") != "token":
-        return None
-    if token := env.get("RAY_AUTH_TOKEN"):
-        return token
-    path = Path(env.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
-
-
-def _nodes(address: str, env: Mapping[str, str]) -> list[dict[str, float]]:
-    """Ask for the resources of each living node; the question proves address and token."""
-    token = _token(env)
-    request = urllib.request.Request(f"{address}/api/v0/nodes?detail=true")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            nodes: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(
-                f"Ray at {address} refused the token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
-            ) from error
-        raise UserError(f"{address} answered {error.code}: is this the address of Ray's dashboard?") from error
-    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"no Ray cluster at {address} ({reason}): check host and port of its dashboard") from error
-    return [cast(dict[str, float], node["resources_total"]) for node in nodes if node["state"] == "ALIVE"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -235,3 +237,58 @@ def faulty_proxy(s3: S3, fault: Callable[[str, str], int | None], host: str = "1
     finally:
         server.shutdown()
         server.server_close()
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Where a server is reached by TLS, and the file of the authority that signed its certificate."""
+
+    address: str
+    authority: Path
+
+
+@contextmanager
+def tls_proxy(port: int, folder: Path, change: Callable[[bytes], bytes] = lambda data: data) -> Iterator[Tls]:
+    """Speak TLS at a port of our own for the server at `port` of 127.0.0.1, with a certificate made in `folder`.
+
+    Args:
+        port: of the server, which speaks none.
+        folder: for the certificate.
+        change: what becomes of each piece that the server sends.
+    """
+    certificate, key = folder / "ca.crt", folder / "ca.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alter: Callable[[bytes], bytes]):
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(alter(data))
+                await writer.drain()
+            writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(pass_on(reader, there[1], lambda data: data), pass_on(there[0], writer, change))
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield Tls(f"https://localhost:{server.sockets[0].getsockname()[1]}", certificate)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -30,7 +30,8 @@ class _Dashboard(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         found = self.path.startswith("/api/v0/nodes")
-        self.send_response(200 if allowed and found else 404 if allowed else 401)
+        refused = 403 if "Authorization" in self.headers else 401
+        self.send_response(200 if allowed and found else 404 if allowed else refused)
         self.end_headers()
         self.wfile.write(json.dumps({"data": {"result": {"result": NODES}}}).encode())
 
@@ -74,11 +75,13 @@ def test_the_token_may_lie_in_ray_s_own_file(dashboard, tmp_path):
     assert resolve(dashboard).env["RAY_AUTH_MODE"] == "token"
 
 
-@pytest.mark.parametrize("token", [None, "wrong"])
-def test_a_missing_or_wrong_token_is_named(dashboard, monkeypatch, token):
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "asks for a token: set RAY_AUTH_TOKEN"), ("x", "refused the token")]
+)
+def test_a_missing_or_wrong_token_is_named(dashboard, monkeypatch, token, message):
     if token:
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    with pytest.raises(UserError, match="refused the token: set RAY_AUTH_TOKEN"):
+    with pytest.raises(UserError, match=message):
         resolve(dashboard)
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from datasets_prep.errors import UserError
+from jobs.credentials import check_settings
 from service.config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,6 +48,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         errors += [_explain(item, merged) for item in error.errors()]
     else:
+        check_settings(config.plain())
         if not errors:
             return config
     count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"

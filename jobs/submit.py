@@ -6,26 +6,38 @@ import asyncio
 import json
 import logging
 import os
+import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster import address
 from cluster.profiles import Profile
 from datasets_prep.errors import UserError
 from jobs import package
+from jobs.credentials import check_address
+from jobs.package import Package
 from jobs.plan import Plan, check_resources
 from jobs.train import RESULT, STATE, is_finished, outcome
+from service.config import RunConfig
 from service.data.store import Store
+from service.engine import MARKER
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ALIVE = ("PENDING", "RUNNING")
+FACTS = ("run", "recipe", "commit", "steps", "package")
+PACKAGES = "packages"  # beside the runs, in their storage
+RAY_LIMIT = 100 << 20  # bytes that Ray's dashboard takes in one request
+_SECONDS = (5.0, 120.0)  # to connect, and for an answer
 _RAY_PREFIX = re.compile(r"^(\x1b\[[0-9;]*m)*\([^)]*pid=\d+[^)]*\)(\x1b\[[0-9;]*m)* ?")
 
 
@@ -37,20 +49,40 @@ class Submission:
     state: Literal["submitted", "resumed", "attached", "finished", "planned"]
     job: str | None
     package_bytes: int
-    commit: str | None
-    untracked: list[str]
+    package: str
+    commit: str | None = None
+    untracked: list[str] = field(default_factory=list[str])
 
 
 def prepare(made: Plan, profile: Profile) -> None:
     """Check that a cluster can run the plan at all.
 
     Raises:
-        UserError: more CPUs or GPUs asked for than there are, or no MLflow.
+        UserError: other versions there than here, more CPUs or GPUs asked for than there are, or no MLflow.
     """
     from service import tracking
 
+    check_versions(profile)
     check_resources(made.config, profile.cpus, profile.gpus)
     tracking.check(profile.tracking_uri)
+
+
+def check_versions(profile: Profile) -> None:
+    """Check that the cluster runs the Ray and Python that the code is locked to; an image brings its own.
+
+    Raises:
+        UserError: their major or minor version differs.
+    """
+    if profile.file is not None and profile.file.runtime.kind == "image":
+        return
+    there = address.versions(profile.jobs_address, profile.env)
+    pairs = (("Ray", version("ray"), there.ray), ("Python", platform.python_version(), there.python))
+    for name, ours, theirs in pairs:
+        if ours.split(".")[:2] != theirs.split(".")[:2]:
+            raise UserError(
+                f"{profile.jobs_address} runs {name} {theirs}, and this is {name} {ours}: start the cluster with "
+                f"{name} {ours}, submit from an environment with {name} {theirs}, or use an image (runtime.kind=image)"
+            )
 
 
 def check_resumable(run: Store, made: Plan) -> None:
@@ -80,45 +112,148 @@ def submit(
     made: Plan, profile: Profile, *, dry_run: bool = False, new: bool = False, resume: str | None = None
 ) -> Submission:
     """Start, continue, join or just find the run of a plan, or go on with the run named `resume` by that plan."""
+    root, code = Store(profile.storage_uri), package.collect()
+    if resume is not None:
+        check_resumable(root.sub(resume), made)
+    name, config = _named(made, code.hash, root, new)
+    name = resume or name
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
-        folder = Path(scratch)
-        built = package.build(made.config, folder)
-        name, config = package.run_name(made.config, made.fingerprint, built.code), made.config
-        root = Store(profile.storage_uri)
-        if resume is not None:
-            check_resumable(root.sub(resume), made)
-            name = resume
-        while new and root.exists(f"{name}/{RESULT}"):
-            config = config.model_copy(update={"repeat": config.repeat + 1})
-            name = package.run_name(config, made.fingerprint, built.code)
-        (folder / package.CONFIG_NAME).write_text(json.dumps(config.plain(), indent=1))
+        built = package.write(code, package.config_document(config), Path(scratch) / "package.zip")
+        facts = {"run": name, "recipe": config.name, "commit": code.commit or "none", "steps": str(made.steps)}
+        done = _planned(name, built) if dry_run else begin(profile, built, facts)
+    return replace(done, commit=code.commit, untracked=code.untracked)
 
-        def submission(state: Any, job: str | None = None) -> Submission:
-            return Submission(name, state, job, built.size, built.commit, built.untracked)
 
-        if dry_run:
-            return submission("planned")
-        if is_finished(root.sub(name)):
-            return submission("finished")
-        reconcile(profile)
-        with job_client(profile) as client:
-            jobs = jobs_of(client, name)
-            for job in jobs:
-                if job.status in ALIVE:
-                    return submission("attached", job.submission_id)
-            started = root.exists(f"{name}/{STATE}")
-            last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
-            identifier = f"{name}-{last + 1:02d}"
-            client.submit_job(
-                entrypoint=f"python -m jobs.train {package.CONFIG_NAME}",
-                submission_id=identifier,
-                runtime_env={
-                    "working_dir": scratch,
-                    "env_vars": _job_environment(profile, name, identifier, built.commit),
-                },
-                metadata={"run": name, "recipe": config.name, "commit": built.commit or "none"},
-            )
-        return submission("resumed" if started else "submitted", identifier)
+def _planned(run: str, built: Package) -> Submission:
+    return Submission(run, "planned", None, built.size, built.sha)
+
+
+def _named(made: Plan, code: str, root: Store, new: bool) -> tuple[str, RunConfig]:
+    """Name of a plan's run and its config; for a new one, of the first repeat that has not finished."""
+    config = made.config
+    name = package.run_name(config, made.fingerprint, code)
+    while new and root.exists(f"{name}/{RESULT}"):
+        config = config.model_copy(update={"repeat": config.repeat + 1})
+        name = package.run_name(config, made.fingerprint, code)
+    return name, config
+
+
+def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submission:
+    """Start a run's next job, unless one is alive or the run has finished.
+
+    Args:
+        profile: where.
+        built: what the job runs.
+        facts: kept with the job, `run`, `recipe`, `commit` and `steps`; Ray shows them to whoever may see jobs.
+    """
+    root, name = Store(profile.storage_uri), facts["run"]
+    done = _planned(name, built)
+    if is_finished(root.sub(name)):
+        return replace(done, state="finished")
+    reconcile(profile)
+    with job_client(profile) as client:
+        jobs = jobs_of(client, name)
+        for job in jobs:
+            if job.status in ALIVE:
+                return replace(done, state="attached", job=job.submission_id)
+        started = root.exists(f"{name}/{STATE}")
+        last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
+        identifier = f"{name}-{last + 1:02d}"
+        environment = {"TESSERA_RUN": name, "TESSERA_JOB": identifier, "TESSERA_PACKAGE": built.sha}
+        entrypoint = f"python -m jobs.train {package.CONFIG_NAME}"
+        launch(client, profile, built, identifier, entrypoint, environment, {**facts, "package": built.sha})
+    return replace(done, state="resumed" if started else "submitted", job=identifier)
+
+
+def launch(
+    client: JobSubmissionClient,
+    profile: Profile,
+    built: Package,
+    job: str,
+    entrypoint: str,
+    environment: Mapping[str, str],
+    facts: Mapping[str, str],
+) -> None:
+    """Upload a package, once for the same contents, and start a job in it.
+
+    Args:
+        client: of `job_client`.
+        profile: whose addresses and network settings the job gets; keys it finds on its nodes.
+        built: the package; it is kept in the storage of runs, from where nodes fetch one that Ray does not take.
+        job: its name, never used before.
+        entrypoint: shell command, run in the unpacked package.
+        environment: of the job, besides the profile's.
+        facts: kept with the job.
+    """
+    stored = keep(Store(profile.storage_uri), built)
+    start = partial(client.submit_job, entrypoint=entrypoint, submission_id=job, metadata=dict(facts))
+    runtime = {"env_vars": {**_job_environment(profile), **environment}, **_packages(profile)}
+    if built.path.stat().st_size < RAY_LIMIT:
+        try:
+            start(runtime_env={"working_dir": str(built.path), **runtime})
+            return
+        except RuntimeError as error:
+            if "status code 413" not in str(error):  # a proxy before the cluster may take less than Ray
+                raise
+    start(runtime_env={"working_dir": stored, **runtime})
+
+
+def keep(root: Store, built: Package) -> str:
+    """Put a package into the storage of runs, unless it is there, and return its address."""
+    name = _stored_name(built.sha)
+    if not root.exists(name):
+        root.put(name, built.path)
+    folder = root.local_path
+    return f"{root.uri}/{name}" if folder is None else (folder / name).as_uri()
+
+
+def _stored_name(sha: str) -> str:
+    return f"{PACKAGES}/{sha}.zip"
+
+
+def retry(profile: Profile, name: str) -> Submission:
+    """Start the next job of a run as it was submitted last: the same package, so the same code and config.
+
+    Raises:
+        UserError: no such run, or one whose package nobody kept.
+    """
+    check_versions(profile)
+    root = Store(profile.storage_uri)
+    with job_client(profile) as client:
+        facts = _facts(jobs_of(client, name), root.sub(name))
+    stored = _stored_name(facts.get("package", ""))
+    if not root.exists(stored):
+        raise UserError(f"{root.uri} holds no package of run {name!r}: submit its recipe again with `tessera submit`")
+    with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
+        path = Path(scratch) / "package.zip"
+        path.write_bytes(root.get(stored))
+        done = begin(profile, Package(path, path.stat().st_size, facts["package"]), facts)
+    return replace(done, commit=facts["commit"])
+
+
+def _facts(jobs: Sequence[JobDetails], run: Store) -> dict[str, str]:
+    """What was told of a run's newest job, else of the run itself: Ray forgets jobs when its head ends."""
+    if jobs:
+        told = jobs[-1].metadata or {}
+    elif run.exists(STATE):
+        told = json.loads(run.get(STATE))
+        told["package"] = told.get("archive")
+    else:
+        raise UserError(f"no run {run.uri}: `tessera jobs list` names the runs")
+    return {name: str(told.get(name, "none")) for name in FACTS}
+
+
+def stop(client: JobSubmissionClient, job: str) -> None:
+    """Ask a job to stop, and wait until it has: its workers take a checkpoint first, which Ray grants 30 s."""
+    client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.3)
+
+
+def newest_step(run: Store) -> int | None:
+    """Step of the newest committed checkpoint; None where there is none."""
+    folders = (name.split("/")[0] for name in run.sub("checkpoints").list() if name.endswith(f"/{MARKER}"))
+    return max((int(folder.split("-")[1]) for folder in folders), default=None)
 
 
 def reconcile(profile: Profile) -> list[str]:
@@ -131,17 +266,25 @@ def reconcile(profile: Profile) -> list[str]:
         return []
 
 
-def _job_environment(profile: Profile, run: str, job: str, commit: str | None) -> dict[str, str]:
-    """Addresses for the driver; keys are not among them, the cluster's own environment has those."""
-    return {
-        "MLFLOW_TRACKING_URI": profile.tracking_uri,
-        "TESSERA_STORAGE": profile.storage_uri,
-        "TESSERA_RUN": run,
-        "TESSERA_JOB": job,
-        "TESSERA_COMMIT": commit or "none",
-        "PYTHONUNBUFFERED": "1",
-        "RAY_JOB_STOP_WAIT_TIME_S": "30",  # until SIGKILL: for the driver to end its MLflow run
-    }
+def _job_environment(profile: Profile) -> dict[str, str]:
+    """Addresses for the driver and settings of the network; keys are not among them, the nodes' own environment has."""
+    addresses = {"MLFLOW_TRACKING_URI": profile.tracking_uri, "TESSERA_STORAGE": profile.storage_uri}
+    for name, uri in addresses.items():
+        check_address(name, uri)
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}  # until SIGKILL: for a last checkpoint, and to end the MLflow run
+    return {**(profile.file.env if profile.file else {}), **addresses, "PYTHONUNBUFFERED": "1", **grace}
+
+
+def _packages(profile: Profile) -> dict[str, Any]:
+    """What Ray installs on the nodes for the job: the lock, where the profile says so."""
+    runtime = None if profile.file is None else profile.file.runtime
+    if runtime is None or runtime.kind != "packages":
+        return {}
+    path = package.ROOT / runtime.lock
+    if not path.is_file():
+        raise UserError(f"runtime.lock={runtime.lock} of --cluster {profile.name} does not exist: name a lock file")
+    lines = (line.split(" #")[0].strip() for line in path.read_text().splitlines())
+    return {"uv": {"packages": [line for line in lines if line and not line.startswith("#")]}}
 
 
 def read_result(root: Store, run: str) -> dict[str, Any] | None:
@@ -152,17 +295,33 @@ def read_result(root: Store, run: str) -> dict[str, Any] | None:
 
 @contextmanager
 def job_client(profile: Profile) -> Generator[JobSubmissionClient]:
-    """Ray's job API at a cluster, with the token and keys of its profile in the environment."""
+    """Ray's job API at a cluster, with the token, authority and keys of its profile in the environment."""
     os.environ.update(profile.env)
+    import aiohttp
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=_SECONDS, **options)
+
+    uri = profile.jobs_address
     try:
-        client = JobSubmissionClient(profile.jobs_address)
+        client = Client(uri, verify=address.ca_file(profile.env) or True)
         logging.getLogger("ray").setLevel(logging.WARNING)
         yield client
-    except (RuntimeError, OSError) as error:  # what Ray's client raises for refusals and broken connections
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Ray's job API at {profile.jobs_address} failed: {reason}") from error
+    except UserError:
+        raise
+    except (OSError, aiohttp.ClientError) as error:
+        raise UserError(
+            f"Ray's job API at {uri} is away ({_first_line(error)}): the same command goes on when it is back"
+        ) from error
+    except (RuntimeError, AuthenticationError) as error:  # what Ray's client raises for refusals
+        raise UserError(f"Ray's job API at {uri} failed: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:
@@ -185,22 +344,56 @@ def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
 
 def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:
     """Show a job's log lines until it ends, and return the exit code of its driver."""
+    import aiohttp
     from ray.job_submission import JobStatus
 
-    asyncio.run(_tail(client, job, show))
-    while not (status := client.get_job_status(job)).is_terminal():
+    log = _Log(show)
+    while True:
+        log.begin()
+        try:
+            asyncio.run(_tail(client, job, log))
+        except (RuntimeError, aiohttp.ClientError) as error:  # a proxy hung up; if it was the cluster, the next line
+            logging.getLogger(__name__).debug("the log broke off: %s", error)  # says so
+        info = client.get_job_info(job)
+        if info.status.is_terminal():
+            break
         time.sleep(0.5)
-    code = client.get_job_info(job).driver_exit_code
-    if status == JobStatus.SUCCEEDED:
+    log.begin()
+    log.take(client.get_job_logs(job))
+    log.end()
+    if info.status == JobStatus.SUCCEEDED:
         return 0
+    code = info.driver_exit_code
     return code if code is not None and code > 0 else 1
 
 
-async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> None:
-    rest = ""
+async def _tail(client: JobSubmissionClient, job: str, log: _Log) -> None:
     async for text in client.tail_job_logs(job):
-        *lines, rest = (rest + text).split("\n")
+        log.take(text)
+
+
+class _Log:
+    """Shows the lines of a text that comes in pieces, and again from its beginning when the connection broke."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._taken = self._at = 0
+        self._rest = ""
+
+    def begin(self) -> None:
+        """The text comes from its beginning."""
+        self._at = 0
+
+    def take(self, text: str) -> None:
+        """Show what of the next piece has not been shown."""
+        fresh = text[max(0, self._taken - self._at) :]
+        self._at += len(text)
+        self._taken = max(self._taken, self._at)
+        *lines, self._rest = (self._rest + fresh).split("\n")
         for line in lines:
-            show(_RAY_PREFIX.sub("", line))
-    if rest:
-        show(_RAY_PREFIX.sub("", rest))
+            self._show(_RAY_PREFIX.sub("", line))
+
+    def end(self) -> None:
+        """Show an unfinished line."""
+        if self._rest:
+            self._show(_RAY_PREFIX.sub("", self._rest))

@@ -139,11 +139,15 @@ def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) 
         "recipe": made.config.name,
         "fingerprint": made.index.fingerprint,
         "package": code,
-        "commit": os.environ.get("TESSERA_COMMIT") or package.commit() or "none",
+        "commit": package.commit() or "none",
+        "archive": os.environ.get("TESSERA_PACKAGE") or "none",
         "storage": run.uri,
     }
     run_id = tracking.create_run(uri, made.config.tracking.experiment, name, made.config, tags)
-    state = {"mlflow_run": run_id, **tags}
+    if patch := package.patch():
+        run.put(package.PATCH_NAME, patch)
+        tracking.log_text(uri, run_id, package.PATCH_NAME, patch.decode(errors="replace"))
+    state = {"mlflow_run": run_id, "steps": str(made.steps), **tags}
     run.put(STATE, json.dumps(state, indent=1).encode())
     return state
 

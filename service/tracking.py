@@ -105,6 +105,12 @@ def log_picture(uri: str, run_id: str, name: str, png: bytes) -> None:
         _client(uri).log_artifact(run_id, str(path), "pictures")
 
 
+def log_text(uri: str, run_id: str, name: str, text: str) -> None:
+    """Put a text among a run's artifacts."""
+    with _faults(uri):
+        _client(uri).log_text(run_id, text, name)
+
+
 def reopen(uri: str, run_id: str) -> None:
     """Mark an earlier run as running again."""
     with _faults(uri):

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from jobs.submit import Submission
 
 
+follow_job = click.option(
+    "--follow/--no-follow", default=True, show_default=True, help="Show the log until the job ends."
+)
+
+
 @click.command(
     epilog="\b\nExamples:\n  tessera submit demo\n  tessera submit rapid optim.lr=0.3 schedule.epochs=100\n"
     "  tessera submit cifar10-cpu data.uri=s3://data/cifar10 --no-follow\n"
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @on_cluster
 @click.option("--dry-run", is_flag=True, help="Check and print the plan; submit nothing.")
-@click.option("--follow/--no-follow", default=True, show_default=True, help="Show the log until the job ends.")
+@follow_job
 @click.option("--new", is_flag=True, help="Repeat a run that has finished.")
 @click.option("--resume", metavar="RUN", help="Go on with this unfinished run, whatever config and code began it.")
 @click.option("--allow-change", "allowed", metavar="KEY", multiple=True, help="Setting that may differ from RUN's.")
@@ -59,7 +64,12 @@ def submit(
 
     submitting.prepare(made, profile)
     done = submitting.submit(made, profile, dry_run=dry_run, new=new, resume=resume)
-    _announce(done, made.summary(), as_json, follow)
+    _finish(done, profile, made.summary(), follow, as_json)
+
+
+def _finish(done: Submission, profile: Profile, plan: dict[str, Any], follow: bool, as_json: bool) -> None:
+    """Say what a submission did, and show the job's log and the run's result."""
+    _announce(done, plan, as_json, follow)
     if done.state == "finished":
         _show_result(profile, done.run, as_json)
     elif done.job and follow:
@@ -69,7 +79,16 @@ def submit(
 def _announce(done: Submission, plan: dict[str, Any], as_json: bool, follow: bool) -> None:
     if as_json:
         if done.state != "finished" and not (done.job and follow):
-            emit({"run": done.run, "state": done.state, "job": done.job, "package_bytes": done.package_bytes, **plan})
+            emit(
+                {
+                    "run": done.run,
+                    "state": done.state,
+                    "job": done.job,
+                    "package": done.package,
+                    "package_bytes": done.package_bytes,
+                    **plan,
+                }
+            )
         return
     click.echo(f"{'package':<10} {done.package_bytes / 1024:.0f} KiB at {done.commit or 'no commit'}")
     for name in done.untracked:
@@ -85,7 +104,7 @@ def _follow(profile: Profile, run: str, job: str, as_json: bool) -> int:
         try:
             code = submitting.follow(client, job, _line_printer(as_json))
         except KeyboardInterrupt:
-            note(f"\nthe job goes on: `tessera jobs logs {run}` follows it, `tessera jobs stop {run}` stops it")
+            note(f"\nthe job goes on: `tessera jobs attach {run}` follows it, `tessera jobs stop {run}` stops it")
             return 130
     if code == 0:
         _show_result(profile, run, as_json)
@@ -138,28 +157,22 @@ def jobs() -> None:
 @on_cluster
 @as_json
 def list_jobs(cluster: str, as_json: bool) -> None:
-    """List the jobs of runs, oldest first."""
+    """List the runs that have jobs, and how far they are, by the start of the newest job."""
+    from jobs import listing
     from jobs import submit as submitting
+    from service.data.store import Store
 
     profile = open_cluster(cluster)
     tell_dead(profile)
     with submitting.job_client(profile) as client:
-        rows: list[dict[str, Any]] = [
-            {
-                "run": (job.metadata or {}).get("run"),
-                "job": job.submission_id,
-                "state": str(job.status.value),
-                "started": job.start_time,
-                "ended": job.end_time,
-                "exit_code": job.driver_exit_code,
-            }
-            for job in submitting.jobs_of(client)
-        ]
+        found = submitting.jobs_of(client)
+    rows = listing.rows(found, Store(profile.storage_uri))
     if as_json:
         emit({"jobs": rows})
-    for row in [] if as_json else rows:
-        seconds = ((row["ended"] or 0) - (row["started"] or 0)) / 1000
-        click.echo(f"{row['job']:<40} {row['state']:<10} {f'{seconds:.0f} s' if seconds > 0 else ''}")
+    elif rows:
+        click.echo(listing.render(rows), nl=False)
+    else:
+        click.echo("no run has a job on this cluster: `tessera submit RECIPE` starts one")
 
 
 @jobs.command()
@@ -180,20 +193,64 @@ def logs(run: str, cluster: str, follow: bool) -> None:
     sys.exit(_follow(profile, (job.metadata or {})["run"], job.submission_id, as_json=False))
 
 
+@jobs.command(epilog="\b\nExamples:\n  tessera jobs attach demo-1a2b3c4d5e\n\nCtrl-C detaches; the job goes on.")
+@click.argument("run")
+@on_cluster
+@as_json
+def attach(run: str, cluster: str, as_json: bool) -> None:
+    """Follow the job of RUN that is alive, and show the result; the exit code is the job's."""
+    from jobs import submit as submitting
+
+    profile = open_cluster(cluster)
+    with submitting.job_client(profile) as client:
+        job = submitting.find_job(client, run)
+        assert job.submission_id is not None
+        if job.status not in submitting.ALIVE:
+            raise UserError(
+                f"job {job.submission_id} has ended already ({job.status.value}): `tessera jobs logs {run}` shows its "
+                f"log, `tessera jobs retry {run}` goes on with the run"
+            )
+    sys.exit(_follow(profile, (job.metadata or {})["run"], job.submission_id, as_json))
+
+
 @jobs.command()
 @click.argument("run")
 @on_cluster
-def stop(run: str, cluster: str) -> None:
-    """Stop a RUN's job; `tessera submit` with the same arguments resumes from its last checkpoint."""
+@as_json
+def stop(run: str, cluster: str, as_json: bool) -> None:
+    """Stop RUN's job after a checkpoint; `tessera jobs retry RUN`, or the same `submit`, goes on from it."""
     from jobs import submit as submitting
+    from service.data.store import Store
 
-    with submitting.job_client(open_cluster(cluster)) as client:
+    profile = open_cluster(cluster)
+    with submitting.job_client(profile) as client:
         job = submitting.find_job(client, run)
         assert job.submission_id is not None
         if job.status not in submitting.ALIVE:
             raise UserError(f"job {job.submission_id} has ended already ({job.status.value}): nothing to stop")
-        client.stop_job(job.submission_id)
-    click.echo(f"stopped {job.submission_id}")
+        submitting.stop(client, job.submission_id)
+    name = (job.metadata or {})["run"]
+    step = submitting.newest_step(Store(profile.storage_uri).sub(name))
+    if as_json:
+        emit({"run": name, "job": job.submission_id, "step": step})
+        return
+    at = "before its first checkpoint" if step is None else f"with a checkpoint of step {step:,}"
+    click.echo(f"stopped {job.submission_id} {at}; `tessera jobs retry {name}` goes on")
+
+
+@jobs.command(
+    epilog="\b\nExamples:\n  tessera jobs retry demo-1a2b3c4d5e\n  tessera jobs retry demo-1a2b3c4d5e --no-follow"
+)
+@click.argument("run")
+@on_cluster
+@follow_job
+@as_json
+def retry(run: str, cluster: str, follow: bool, as_json: bool) -> None:
+    """Go on with RUN by the code and config that it was submitted with last."""
+    from jobs import submit as submitting
+
+    profile = open_cluster(cluster)
+    _finish(submitting.retry(profile, run), profile, {}, follow, as_json)
 
 
 COMMANDS: tuple[click.Command, ...] = (submit, jobs)

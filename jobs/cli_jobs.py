@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -253,4 +254,30 @@ def retry(run: str, cluster: str, follow: bool, as_json: bool) -> None:
     _finish(submitting.retry(profile, run), profile, {}, follow, as_json)
 
 
-COMMANDS: tuple[click.Command, ...] = (submit, jobs)
+@click.command(
+    epilog="\b\nExamples:\n  tessera package rapid data.uri=s3://data/cifar10 --cluster rtx4090 -o rapid-4090\n"
+    "  tessera package mine.yaml --cluster mine-cluster.yaml -o bundle\n\n"
+    "The folder's README.md says how to run it."
+)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@on_cluster
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; absent or empty.")
+@as_json
+def package(recipe: str, overrides: tuple[str, ...], cluster: str, out: Path, as_json: bool) -> None:
+    """Write RECIPE as a folder that runs where the repository is not: code, config, lock, manifests, run.sh."""
+    from cluster import profiles
+    from jobs import bundle, plan, recipes
+
+    config = plan.absolute(recipes.load(recipe, overrides))
+    file = None if "://" in cluster else profiles.read(cluster)
+    written = bundle.write(config, cluster, file, out)
+    if as_json:
+        emit({"out": str(out), "bytes": written.size, "files": written.files, "commit": written.commit})
+    else:
+        click.echo(
+            f"{out}: {written.size / 1024:,.0f} KiB at {written.commit or 'no commit'}; {out}/README.md says how"
+        )
+
+
+COMMANDS: tuple[click.Command, ...] = (submit, jobs, package)

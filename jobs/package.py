@@ -58,7 +58,7 @@ def _code_hash(files: Mapping[str, Path | bytes]) -> str:
     digest = hashlib.sha256()
     for path in sorted(PurePosixPath(name) for name in files):
         if path.parts[0] in ROOMS and path.suffix in (".py", ".yaml"):
-            data = _read(files[str(path)])
+            data = read(files[str(path)])
             digest.update(f"{path}\0{len(data)}\0".encode())
             digest.update(data)
     return digest.hexdigest()[:12]
@@ -103,10 +103,10 @@ def collect(root: Path = ROOT) -> Code:
         files[PATCH_NAME] = changes
     if LOCK_NAME not in files:
         files[LOCK_NAME] = installed().encode()
-    _check_sizes({name: _size(file) for name, file in files.items()})
+    _check_sizes({name: size(file) for name, file in files.items()})
     own = own_secrets(os.environ)
     for name, file in files.items():
-        check_file(name, _read(file), own)
+        check_file(name, read(file), own)
     return Code(files, _code_hash(files), origin, untracked)
 
 
@@ -118,17 +118,17 @@ def write(code: Code, documents: Mapping[str, bytes], path: Path) -> Package:
         documents: more files by name.
         path: of the zip.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, total = hashlib.sha256(), 0
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted({**code.files, **documents}.items()):
-            data, mode = _read(file), _mode(file)
+            data, rights = read(file), mode(file)
             entry = zipfile.ZipInfo(name, _EPOCH)
-            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, mode << 16
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, rights << 16
             archive.writestr(entry, data)
-            digest.update(f"{name}\0{mode:o}\0{len(data)}\0".encode())
+            digest.update(f"{name}\0{rights:o}\0{len(data)}\0".encode())
             digest.update(data)
-            size += len(data)
-    return Package(path, size, digest.hexdigest())
+            total += len(data)
+    return Package(path, total, digest.hexdigest())
 
 
 def config_document(config: RunConfig) -> dict[str, bytes]:
@@ -149,9 +149,9 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
             f"the package would hold {largest[0]} of {sizes[largest[0]] / 2**20:.1f} MiB, the limit of a file is "
             f"{FILE_LIMIT >> 20} MiB: take it out of git and keep data and weights in the object store"
         )
-    if (size := sum(sizes.values())) > SIZE_LIMIT:
+    if (total := sum(sizes.values())) > SIZE_LIMIT:
         raise UserError(
-            f"the package would be {size / 2**20:.1f} MiB, the limit is {SIZE_LIMIT >> 20} MiB: "
+            f"the package would be {total / 2**20:.1f} MiB, the limit is {SIZE_LIMIT >> 20} MiB: "
             f"take large files out of git, the largest are {', '.join(largest)}"
         )
 
@@ -191,13 +191,16 @@ def _git(root: Path, *args: str) -> bytes:
     return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True).stdout
 
 
-def _read(file: Path | bytes) -> bytes:
+def read(file: Path | bytes) -> bytes:
+    """Contents of a file of a package."""
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
-def _size(file: Path | bytes) -> int:
+def size(file: Path | bytes) -> int:
+    """Bytes of a file of a package."""
     return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
-def _mode(file: Path | bytes) -> int:
+def mode(file: Path | bytes) -> int:
+    """Permissions of a file of a package, of which only that to execute it counts."""
     return 0o755 if isinstance(file, Path) and file.stat().st_mode & 0o100 else 0o644

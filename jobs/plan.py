@@ -89,11 +89,8 @@ def make(config: RunConfig) -> Plan:
         UserError: data missing, of another modality, without the splits, or too small for the batch; weights of
             `init_from` missing or of another encoder.
     """
-    data = config.data
-    mixed = {n: m.model_copy(update={"uri": _absolute(m.uri)}) for n, m in data.mixture.items()}
-    config = _with(config, uri=_absolute(data.uri), mixture=mixed)
-    if config.init_from is not None:
-        config = config.model_copy(update={"init_from": _absolute(config.init_from)})
+    config = absolute(config)
+    mixed = config.data.mixture
     store = Store(config.data.uri)
     index = read_index(store)
     split = DataSplit(store, index, config.data.train_split)
@@ -119,6 +116,15 @@ def make(config: RunConfig) -> Plan:
     per_epoch = sample_plan.steps_per_epoch
     steps = config.schedule.length(per_epoch)
     return Plan(config, index, sources, sample_plan.partitions, per_epoch, steps, _check_initial(config))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Name the folders of a config from the root: a job runs in another folder than its submitter."""
+    mixed = {n: m.model_copy(update={"uri": _absolute(m.uri)}) for n, m in config.data.mixture.items()}
+    config = _with(config, uri=_absolute(config.data.uri), mixture=mixed)
+    if config.init_from is not None:
+        config = config.model_copy(update={"init_from": _absolute(config.init_from)})
+    return config
 
 
 def check_resources(config: RunConfig, cpus: float, gpus: float) -> bool:
@@ -172,7 +178,6 @@ def _with(config: RunConfig, **data: Any) -> RunConfig:
 
 
 def _absolute(uri: str) -> str:
-    """Turn a relative folder into an absolute one: a job runs in another folder than its submitter."""
     if "://" in uri:
         return uri
     path = Path(os.path.expanduser(uri))

@@ -1,7 +1,8 @@
 """The driver of a run: `python -m jobs.train RECIPE [key=value …]`, submitted by `tessera submit` or plain Ray.
 
-It holds the run's lease, starts the workers through Ray Train, registers the encoder, and ends the MLflow run. Ray
-places, watches and restarts the workers; checkpoints and results go through the run's own storage.
+With `--plain` it trains in its own process, without Ray. It holds the run's lease, starts workers through Ray Train,
+registers the encoder, and ends the MLflow run. Ray places, watches and restarts the workers; checkpoints and results go
+through the run's own storage.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ T = TypeVar("T")
 def main(arguments: list[str]) -> int:
     """Run the driver and return the job's exit code: 0 done, 1 failed, 2 bad input."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not arguments:
-        print("usage: python -m jobs.train RECIPE [key=value …]", file=sys.stderr)
+    plain, words = "--plain" in arguments, [word for word in arguments if word != "--plain"]
+    if not words:
+        print("usage: python -m jobs.train [--plain] RECIPE [key=value …]", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _stop)
     try:
-        made = plan.make(recipes.load(arguments[0], arguments[1:]))
-        result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
+        made = plan.make(recipes.load(words[0], words[1:]))
+        result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"), fit_here if plain else fit_on_ray)
     except (StoreUnavailable, tracking.TrackingAway) as error:
         print(f"failed: {error}; the same command resumes the run", file=sys.stderr)
         return 1
@@ -71,7 +73,37 @@ def storage_root() -> Store:
     return Store(uri)
 
 
-def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, Any]:
+def fit_on_ray(config: RunConfig, payload: Payload) -> None:
+    """Train on Ray's workers."""
+    from jobs import supervise  # Ray takes a second to import
+
+    supervise.fit(config, payload)
+
+
+def fit_here(config: RunConfig, payload: Payload) -> None:
+    """Train in this process, with one worker.
+
+    Raises:
+        WorkersFailed: starting again would not help.
+        SystemExit: the process was asked to stop, and the run has a checkpoint of the step at which it did.
+    """
+    from jobs.worker import GivenUp, Stopped, run_worker
+
+    try:
+        run_worker(vars(payload))
+    except Stopped as stopped:
+        print(f"stopped: {stopped}; the same command resumes the run", file=sys.stderr)
+        sys.exit(143)
+    except GivenUp as error:
+        raise WorkersFailed(str(error), user=False) from error
+
+
+def drive(
+    made: plan.Plan,
+    root: Store,
+    tracking_uri: str | None,
+    fit: Callable[[RunConfig, Payload], None] = fit_on_ray,
+) -> dict[str, Any]:
     """Carry a run to its end, whichever part of that is still to do, and return its result."""
     if not tracking_uri:
         raise UserError("MLFLOW_TRACKING_URI is not set: give it the address of an MLflow server")
@@ -87,9 +119,7 @@ def drive(made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, A
         payload = Payload(made.config.plain(), run.uri, lease.epoch, tracking_uri, state["mlflow_run"])
         try:
             if not run.exists(RESULT):
-                from jobs import supervise  # Ray takes a second to import
-
-                supervise.fit(made.config, payload)
+                fit(made.config, payload)
             result = json.loads(run.get(RESULT))
             check_lease(run, lease.epoch)
             result |= _patiently(lambda: register(run, tracking_uri, state, made.config))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 MIRROR = "http://deb.debian.org/debian"
 # How this machine reaches package registries, which is no part of an image.
-NETWORK = ("/etc/resolv.conf", "/etc/ssl/certs", "/etc/pip.conf")
+NETWORK = ("/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf")
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "PIP_CERT", "PIP_INDEX_URL", "UV_DEFAULT_INDEX")
 
 
@@ -57,13 +57,18 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 def debian(root: Path) -> None:
     """Make a small Debian with python3, and a python3 that finds no packages of the machine."""
     subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root), MIRROR], check=True, capture_output=True)
-    for path in filter(os.path.exists, NETWORK):
-        target = root / path[1:]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-rLT", path, str(target)], check=True)
+    _connect(root)
     stage = Stage(root)
     stage.run("apt-get", "update")
     stage.run("apt-get", "install", "--yes", "--no-install-recommends", "python3", "python3-venv", "python3-dev")
+    _connect(root)  # the packages brought certificates of their own
+
+
+def _connect(root: Path) -> None:
+    for path in filter(os.path.exists, NETWORK):
+        target = root / path[1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "--dereference", "--remove-destination", path, str(target)], check=True)
 
 
 def build(dockerfile: Path, context: Path, base: Path, work: Path) -> Stage:

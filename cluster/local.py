@@ -127,7 +127,7 @@ def up(data: Path, s3: bool = False, cpus: int | None = None, report: Callable[[
     """
     data = data.expanduser().resolve()
     with _machine_lock():
-        stack = _load()
+        stack = last_started()
         if stack is not None and not (stack.gcs_address and _is_alive(stack, "ray")):
             _stop(stack)  # what a crash left of it, be it in the middle of `up`
             stack = None
@@ -147,7 +147,7 @@ def up(data: Path, s3: bool = False, cpus: int | None = None, report: Callable[[
 def down() -> Stack | None:
     """Stop exactly what `up` started, its jobs included; the data stays. Returns what was stopped."""
     with _machine_lock():
-        stack = _load()
+        stack = last_started()
         if stack is not None:
             _stop(stack)
     return stack
@@ -155,14 +155,14 @@ def down() -> Stack | None:
 
 def current() -> Stack | None:
     """Return the running stack; None when there is none, or one of its servers is gone."""
-    stack = _load()
+    stack = last_started()
     whole = stack is not None and stack.gcs_address and all(_is_alive(stack, name) for name in stack.names)
     return stack if whole else None
 
 
 def status() -> list[Health]:
     """Return each server of the stack, dead ones too; empty when no stack was started."""
-    stack = _load()
+    stack = last_started()
     if stack is None:
         return []
     addresses = {"ray": stack.ray_address, "mlflow": stack.mlflow_uri, "s3": stack.s3_endpoint or ""}
@@ -530,7 +530,7 @@ def _machine_lock() -> Generator[None]:
         yield
 
 
-def _load() -> Stack | None:
+def last_started() -> Stack | None:
     """Return the stack last started, whether or not it still runs."""
     with suppress(FileNotFoundError, ValidationError, KeyError):
         data = Path(json.loads(_pointer().read_text())["data"])

@@ -17,7 +17,7 @@ from cluster import local
 from cluster.hardware import GPUS, Count, Frozen, Interconnect, Node, NonNegative, Precision, this_node
 from datasets_prep.errors import UserError
 
-__all__ = ["GPUS", "Profile", "ProfileFile", "names", "read", "resolve"]
+__all__ = ["GPUS", "Located", "Profile", "ProfileFile", "ask", "locate", "names", "read", "resolve"]
 
 _FOLDER = Path(__file__).with_name("profiles")
 _LOCAL_STACK = "local stack"
@@ -175,6 +175,17 @@ def _explain(fault: Mapping[str, Any]) -> str:
     return f"{dotted}{given}: {message}" if dotted else message
 
 
+class Located(BaseModel):
+    """Where a cluster is said to be, and what talking to it takes; nobody was asked."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    jobs_address: str
+    env: dict[str, str]
+    file: ProfileFile | None
+
+
 def resolve(cluster: str) -> Profile:
     """Find a cluster by profile name or file, or job API address (`http://host:port`), and ask what it has.
 
@@ -182,25 +193,39 @@ def resolve(cluster: str) -> Profile:
         UserError: unknown profile, no cluster there, wrong token, no MLflow or storage named, or a cluster that lacks
             what its profile says.
     """
+    return ask(locate(cluster, local.current()))
+
+
+def locate(cluster: str, stack: local.Stack | None) -> Located:
+    """Find a cluster by profile name or file, or job API address, where `stack` is this machine's; asks nobody."""
     file = None if cluster.startswith(_SCHEMES) else read(cluster)
     address = (cluster if file is None else _address(cluster, file)).rstrip("/")
-    stack = local.current()
     if stack is not None and address in (_LOCAL_STACK, stack.ray_address):
         address, env = stack.ray_address, local.client_environment(stack)
     elif address == _LOCAL_STACK:
         raise UserError(f"--cluster {cluster}: no stack runs on this machine: start it with `tessera up`")
     else:
         env = _environment(cluster, address, file)
-    alive = (node for node in ray.nodes(address, env) if node["state"] == "ALIVE")
+    return Located(name=cluster, jobs_address=address, env=env, file=file)
+
+
+def ask(located: Located) -> Profile:
+    """Ask a cluster what it has.
+
+    Raises:
+        UserError: no cluster there, wrong token, or less than its profile says.
+    """
+    alive = (node for node in ray.nodes(located.jobs_address, located.env) if node["state"] == "ALIVE")
     nodes: list[dict[str, float]] = [node["resources_total"] for node in alive]
+    file = located.file
     if file is not None and file.jobs_address != _LOCAL_STACK:
-        _check_nodes(cluster, file, nodes)
+        _check_nodes(located.name, file, nodes)
     return Profile(
-        name=cluster,
-        jobs_address=address,
-        tracking_uri=env["MLFLOW_TRACKING_URI"],
-        storage_uri=env["TESSERA_STORAGE"],
-        env=env,
+        name=located.name,
+        jobs_address=located.jobs_address,
+        tracking_uri=located.env["MLFLOW_TRACKING_URI"],
+        storage_uri=located.env["TESSERA_STORAGE"],
+        env=located.env,
         cpus=sum(node.get("CPU", 0.0) for node in nodes),
         gpus=sum(node.get("GPU", 0.0) for node in nodes),
         file=file,

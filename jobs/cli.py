@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from datasets_prep.errors import UserError
-from jobs import cli_checkpoints, cli_cluster, cli_data, cli_jobs, cli_shards
+from jobs import cli_checkpoints, cli_cluster, cli_data, cli_doctor, cli_jobs, cli_shards
 from jobs.terminal import as_json, emit, on_cluster, open_cluster, stack_environment
 
 _EXAMPLES = """
@@ -121,10 +121,11 @@ def _links(as_json: bool) -> dict[str, str]:
 
 
 for _command in (
-    *cli_data.COMMANDS,
-    *cli_shards.COMMANDS,
-    *cli_jobs.COMMANDS,
     *cli_cluster.COMMANDS,
+    *cli_data.COMMANDS,
+    *cli_doctor.COMMANDS,
+    *cli_jobs.COMMANDS,
+    *cli_shards.COMMANDS,
     cli_checkpoints.checkpoints,
 ):
     cli.add_command(_command)

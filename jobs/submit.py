@@ -187,7 +187,7 @@ def launch(
     """
     stored = keep(Store(profile.storage_uri), built)
     start = partial(client.submit_job, entrypoint=entrypoint, submission_id=job, metadata=dict(facts))
-    runtime = {"env_vars": {**_job_environment(profile), **environment}, **_packages(profile)}
+    runtime = runtime_env(profile, environment)
     if built.path.stat().st_size < RAY_LIMIT:
         try:
             start(runtime_env={"working_dir": str(built.path), **runtime})
@@ -264,6 +264,11 @@ def reconcile(profile: Profile) -> list[str]:
         return tracking.reconcile(profile.tracking_uri, profile.storage_uri, outcome)
     except tracking.TrackingAway:
         return []
+
+
+def runtime_env(profile: Profile, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a job finds on its nodes besides its package: environment, and packages to install."""
+    return {"env_vars": {**_job_environment(profile), **environment}, **_packages(profile)}
 
 
 def _job_environment(profile: Profile) -> dict[str, str]:

@@ -410,7 +410,15 @@ def _stopping_gently(run: Store, lease_epoch: int) -> Generator[None]:
 
 
 def free_placement_groups() -> list[str]:
-    """Remove the placement groups that jobs which have ended left behind, and return their ids.
+    """Remove the placement groups that jobs which have ended left behind, and return their ids."""
+    left = stale_placement_groups()
+    for identifier in left:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identifier))))
+    return left
+
+
+def stale_placement_groups() -> list[str]:
+    """Ids of the placement groups that jobs which have ended left behind.
 
     Ray frees a group when its job and the actor that made it have both ended; a killed driver may leave the actor.
     Detached groups are meant to outlive their job, and stay.
@@ -423,7 +431,4 @@ def free_placement_groups() -> list[str]:
         groups: list[Any] = [group for group in list_placement_groups(detail=True) if group.state != "REMOVED"]  # pyright: ignore[reportAttributeAccessIssue]
     except RayStateApiException:  # it needs the dashboard, which training does not
         return []
-    left = [g.placement_group_id for g in groups if g.creator_job_id in ended and not g.is_detached]
-    for identifier in left:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identifier))))
-    return left
+    return [g.placement_group_id for g in groups if g.creator_job_id in ended and not g.is_detached]

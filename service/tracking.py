@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,22 @@ def check(uri: str) -> None:
         _client(uri).search_experiments(max_results=1)
 
 
+def probe(uri: str) -> str:
+    """Write to MLflow's registry, remove what was written, and return the server's version."""
+    check(uri)
+    name = f"tessera-doctor-{uuid.uuid4().hex}"
+    with _faults(uri):
+        import mlflow
+
+        client = _client(uri)
+        client.create_registered_model(name)
+        client.delete_registered_model(name)
+        if not uri.startswith(("http://", "https://")):
+            return mlflow.__version__
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_REACH_SECONDS) as answer:
+            return answer.read().decode().strip()
+
+
 def create_run(uri: str, experiment: str, run_name: str, config: RunConfig, tags: Mapping[str, str]) -> str:
     """Create a run with every leaf of the config as a parameter and the whole of it as `config.json`; return its id."""
     from mlflow.entities import Param
@@ -123,25 +140,35 @@ def finish(uri: str, run_id: str, status: Ended) -> None:
         _client(uri).set_terminated(run_id, status)
 
 
-def reconcile(uri: str, storage: str, outcome: Callable[[Store, str], Ended | None]) -> list[str]:
-    """End the runs that MLflow takes for running although nobody carries them on; returns their names.
+Outcome = Callable[[Store, str], Ended | None]
+
+
+def reconcile(uri: str, storage: str, outcome: Outcome) -> list[str]:
+    """End the runs that MLflow takes for running although nobody carries them on; returns their names."""
+    found = abandoned(uri, storage, outcome)
+    for run_id, _, status in found:
+        finish(uri, run_id, status)
+    return [name for _, name, _ in found]
+
+
+def abandoned(uri: str, storage: str, outcome: Outcome) -> list[tuple[str, str, Ended]]:
+    """MLflow's id, name and outcome of the runs that it takes for running although nobody carries them on.
 
     Args:
         uri: MLflow's address.
         storage: address below which the runs lie that may be judged.
         outcome: says how the run in a storage, of an MLflow run's id, ended; None while it goes on.
     """
-    ended: list[str] = []
+    found: list[tuple[str, str, Ended]] = []
     below = f"{Store(storage).uri}/"
     with _faults(uri):
         client = _client(uri)
-        experiments = [found.experiment_id for found in client.search_experiments()]
+        experiments = [each.experiment_id for each in client.search_experiments()]
         for run in client.search_runs(experiments, "attributes.status = 'RUNNING'") if experiments else []:
             at = run.data.tags.get("storage", "")
             if at.startswith(below) and (status := outcome(Store(at), run.info.run_id)):
-                client.set_terminated(run.info.run_id, status)
-                ended.append(run.data.tags["run"])
-    return ended
+                found.append((run.info.run_id, run.data.tags["run"], status))
+    return found
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

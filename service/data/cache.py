@@ -32,6 +32,25 @@ def cache_root() -> Path:
     return Path(base)
 
 
+def beyond_budget(budget_bytes: float) -> list[tuple[Path, int, float]]:
+    """Path, bytes and time of last use of the files of this node's caches that a budget has no room for.
+
+    The least recently used ones come first; a process that has mapped a file keeps it when it is removed.
+    """
+    files: list[tuple[float, int, Path]] = []
+    for path in (*cache_root().glob("shards/*"), *cache_root().glob("resident/*.npy")):
+        with suppress(FileNotFoundError):
+            if path.suffix not in (".lock", ".tmp") and path.name != _ACCOUNTS and not path.name.endswith(".bad.npy"):
+                files.append((path.stat().st_atime, path.stat().st_size, path))
+    excess = sum(size for _, size, _ in files) - budget_bytes
+    found: list[tuple[Path, int, float]] = []
+    for used, size, path in sorted(files):
+        if excess > 0:
+            found.append((path, size, used))
+            excess -= size
+    return found
+
+
 class ShardCache:
     """Objects of data sets as files of a folder, least recently used ones removed beyond a byte budget.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -49,6 +49,15 @@ class AccessDenied(StoreError):
 
 class StoreUnavailable(StoreError):
     """No proper answer before the deadline."""
+
+
+class Unfinished(NamedTuple):
+    """Something half-written: its name, when it was begun (seconds since 1970), bytes if known, S3's upload id."""
+
+    name: str
+    since: float
+    size: int
+    upload: str = ""
 
 
 class Store:
@@ -132,11 +141,17 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the bytes of all objects in the folder `prefix` and below, by name."""
+        return {name: size for name, (size, _) in self.entries(prefix).items()}
+
+    def entries(self, prefix: str = "") -> dict[str, tuple[int, float]]:
+        """Return bytes and time of writing, in seconds since 1970, of all objects in the folder `prefix` and below."""
         if self._is_absent:
             return {}
         with self._faults(prefix):
             listed = obstore.list(self._backend, prefix or None)
-            return {meta["path"]: meta["size"] for batch in listed for meta in batch}
+            return {
+                meta["path"]: (meta["size"], meta["last_modified"].timestamp()) for batch in listed for meta in batch
+            }
 
     def delete(self, name: str) -> None:
         """Remove an object; it is no error when there is none."""
@@ -145,13 +160,23 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what killed writers left half-written in a folder or on S3; call it where nobody else writes."""
-        with self._faults(""):
+        for each in self.unfinished():
+            self.abort(each)
+
+    def unfinished(self) -> list[Unfinished]:
+        """What writers in a folder or on S3 are writing, or left half-written; nothing lists it otherwise."""
+        if self.local_path is not None:
+            with self._faults(""):
+                return list(_staged(self.local_path))
+        return list(_uploads(self.uri)) if urlsplit(self.uri).scheme in ("s3", "s3a") else []
+
+    def abort(self, each: Unfinished) -> None:
+        """Remove something unfinished; it is no error when it is gone."""
+        with self._faults(each.name):
             if self.local_path is not None:
-                for path in self.local_path.rglob("*#*"):
-                    if _STAGED.search(path.name):
-                        path.unlink(missing_ok=True)
-            elif urlsplit(self.uri).scheme in ("s3", "s3a"):
-                _abort_uploads(*urlsplit(f"{self.uri}/")[1:3])
+                (self.local_path / each.name).unlink(missing_ok=True)
+            else:
+                _abort_upload(self.uri, each)
 
     @property
     def _is_absent(self) -> bool:
@@ -238,17 +263,36 @@ def _put_file(folder: Path, name: str, data: bytes | memoryview | Path) -> None:
         raise
 
 
-def _abort_uploads(bucket: str, path: str) -> None:
-    """Abort multipart uploads that were never finished: nobody sees them, but their parts are kept and paid for."""
+def _staged(folder: Path) -> Iterator[Unfinished]:
+    for path in folder.rglob("*#*"):
+        if _STAGED.search(path.name):
+            with suppress(FileNotFoundError):  # finished by now
+                stat = path.stat()
+                yield Unfinished(path.relative_to(folder).as_posix(), stat.st_mtime, stat.st_size)
+
+
+def _uploads(uri: str) -> Iterator[Unfinished]:
+    """Multipart uploads that were never finished: nobody sees them, but their parts are kept and paid for."""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
+    bucket, path = urlsplit(f"{uri}/")[1:3]
     prefix = path.lstrip("/")
     with suppress(BotoCoreError, ClientError):  # a writer may lack the right to list them
-        client = boto3.client("s3")
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+        for page in boto3.client("s3").get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for each in page.get("Uploads", []):
-                client.abort_multipart_upload(Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+                yield Unfinished(each["Key"].removeprefix(prefix), each["Initiated"].timestamp(), 0, each["UploadId"])
+
+
+def _abort_upload(uri: str, each: Unfinished) -> None:
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, path = urlsplit(f"{uri}/")[1:3]
+    with suppress(BotoCoreError, ClientError):  # as of others, its end is not worth an error
+        boto3.client("s3").abort_multipart_upload(
+            Bucket=bucket, Key=f"{path.lstrip('/')}{each.name}", UploadId=each.upload
+        )
 
 
 def _canonical(uri: str) -> str:

@@ -9,14 +9,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import psutil
 import pytest
 
 from cluster import local, profiles
+from cluster.doctor import Finding
 from datasets_prep.errors import UserError
+from jobs import doctor as checks
+from jobs import leftovers
+from service.data.store import Store
+from service.engine.lease import Holder
 
 pytestmark = pytest.mark.distributed
 
@@ -131,7 +138,162 @@ def test_s3_keeps_what_is_written_and_refuses_strangers(stack, monkeypatch):
         Store("s3://data/greeting").get("hello")
 
 
-def test_up_revives_a_server_that_died_and_leaves_the_others_alone(stack):
+@pytest.fixture
+def client(stack, monkeypatch) -> Callable[..., checks.Subject]:
+    """A doctor's subject: this stack as a client with its environment sees it, but for some changes."""
+
+    def see(located: profiles.Located | None = None, data: str | None = None, **changes: str) -> checks.Subject:
+        located = located or profiles.locate("local", stack)
+        env = {**located.env, **changes}
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return checks.Subject(located, env, data)
+
+    return see
+
+
+def host_findings(subject: checks.Subject) -> dict[str, Finding]:
+    """Rows of the host and the servers, without those of the nodes."""
+    found: dict[str, Finding] = {}
+    for finding in checks.examine(subject):
+        found[finding.name] = finding
+        if finding.name == "Ray":
+            break
+    return found
+
+
+def run(*arguments: object, code: int = 0) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments), "--json"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_healthy_stack(stack, client, few_digits):
+    client()
+    upload(few_digits, "s3://data/few")
+    found = run("doctor", "--recipe", "demo", "--data", "s3://data/few")
+    states = {row["name"]: row["state"] for row in found["checks"]}
+    assert [name for name, state in states.items() if state == "fail"] == []
+    assert set(states) >= {name for name, _ in checks.NODES}
+    working = ("packages", "one Ray", "local stack", "MLflow", "storage", "data", "partitions", "Ray", "room", "nodes")
+    from_nodes = ("same versions", "clocks of nodes", "data from nodes", "MLflow from nodes")
+    assert {states[name] for name in (*working, *from_nodes)} == {"ok"}
+    reduced = next(row for row in found["checks"] if row["name"] == "all-reduce")
+    assert reduced["state"] == "ok" and "2 ranks on 1 node by gloo" in reduced["found"]
+    assert Store("s3://runs").list() == [], "what was written to try the store"
+    assert [job for job in asked(stack, "/api/jobs/") if "jobs.nodes" in job["entrypoint"]] == []
+
+
+def upload(folder: Path, uri: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            Store(uri).put(path.relative_to(folder).as_posix(), path)
+
+
+def asked(stack: local.Stack, page: str) -> Any:
+    token = Path(stack.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{stack.ray_address}{page}", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def test_the_doctor_names_wrong_keys_and_a_missing_index(client):
+    found = host_findings(client(AWS_SECRET_ACCESS_KEY="wrong", data="s3://data/nothing"))
+    assert {name for name, finding in found.items() if finding.state == "fail"} == {"storage", "data"}
+    assert "access denied" in found["storage"].found and "credentials" in found["storage"].cure
+    found = host_findings(client(data="s3://data/nothing"))
+    assert found["storage"].state == "ok" and "holds no index.json" in found["data"].found
+    assert "tessera shard" in found["data"].cure
+
+
+def test_the_doctor_names_a_wrong_token(stack, client, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    for name in ("MLFLOW_TRACKING_URI", "TESSERA_STORAGE"):
+        monkeypatch.setenv(name, stack.env[name])
+    elsewhere = profiles.locate(f"http://localhost:{stack.ports['dashboard']}", None)
+    found = {finding.name: finding for finding in checks.examine(client(elsewhere))}
+    assert "refused the token" in found["Ray"].found and "RAY_AUTH_TOKEN" in found["Ray"].cure
+    assert {found[name].state for name, _ in checks.NODES} == {"skipped"}
+
+
+def test_the_doctor_names_a_full_disk(client, small_disk):
+    (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    found = host_findings(client(TESSERA_STORAGE=str(small_disk / "runs")))
+    assert {name for name, finding in found.items() if finding.state == "fail"} == {"disk", "storage"}
+    assert str(small_disk) in found["disk"].found and "free space" in found["storage"].cure
+
+
+def test_the_doctor_names_a_second_ray(client, tmp_path):
+    import ray
+
+    server = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
+    options = ["--gcs_server_port=0", "--session-name=other", "--node-ip-address=127.0.0.1", f"--log_dir={tmp_path}"]
+    second = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        found = host_findings(client())["one Ray"]
+    finally:
+        second.kill()
+        second.wait()
+    assert found.state == "fail" and f"other (processes {second.pid})" in found.found
+    assert host_findings(client())["one Ray"].state == "ok"
+
+
+ABANDON = """
+import ray
+ray.init(logging_level="ERROR")
+
+@ray.remote(num_cpus=0)
+class Holder:
+    def hold(self):
+        group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(group.ready())
+        return group.id.hex()
+
+holder = Holder.options(lifetime="detached", name="holder", namespace="doctor").remote()
+print(ray.get(holder.hold.remote()), flush=True)
+"""
+
+
+def test_gc_removes_what_dead_runs_left_and_nothing_else(stack, client):
+    """Nothing on this machine is that old, so that a developer's own folders stay."""
+    import mlflow
+
+    client()
+    root = Store(stack.storage_uri)
+    for name, beat in (("dead", 1.0), ("alive", time.time() + 600)):
+        root.put(f"{name}/lease/000001.json", json.dumps(vars(Holder("elsewhere", 1, 0.0, None))).encode())
+        root.put(f"{name}/lease/000001.beat", str(beat).encode())
+        root.put(f"{name}/checkpoints/step-00000010-lease-000001/data", b"torn")
+        boto3.client("s3").create_multipart_upload(Bucket="runs", Key=f"{name}/checkpoints/cut")
+    api = mlflow.MlflowClient(stack.mlflow_uri, stack.mlflow_uri)
+    dead = api.create_run("0", tags={"storage": root.sub("dead").uri, "run": "dead"}, run_name="dead")
+    code, logs = submit(stack, f"python -c '{ABANDON}'")
+    assert code == 0, logs
+    group = logs.splitlines()[-1]
+    of_ray = {("MLflow run, killed", "dead"), ("placement group", group)}
+    of_storage = {
+        ("torn checkpoint", "s3://runs/dead/checkpoints/step-00000010-lease-000001"),
+        ("unfinished object", "s3://runs/dead/checkpoints/cut"),
+    }
+    for dry_run, state in (True, "found"), (False, "removed"):
+        found = run("gc", "--older-than", "36500d", "--cache-gb", "1000", *(["--dry-run"] if dry_run else []))
+        assert {(row["kind"], row["where"]): row["state"] for row in found["leftovers"]} == dict.fromkeys(of_ray, state)
+        assert found["unreached"] == []
+        rows = leftovers.carry_out(leftovers.of_storage(root.uri, 0.0), dry_run)
+        assert {(row.kind, row.where): row.state for row in rows} == dict.fromkeys(of_storage, state)
+    assert root.list() == [
+        "alive/checkpoints/step-00000010-lease-000001/data",
+        *(f"{name}/lease/000001.{kind}" for name in ("alive", "dead") for kind in ("beat", "json")),
+    ]
+    assert [each.name for each in root.unfinished()] == ["alive/checkpoints/cut"]
+    assert api.get_run(dead.info.run_id).info.status == "KILLED"
+
+
+def test_up_revives_a_server_that_died_and_leaves_the_others_alone(stack, client):
     mlflow = psutil.Process(stack.pids["mlflow"])
     for process in [mlflow, *mlflow.children(recursive=True)]:
         process.kill()
@@ -139,6 +301,9 @@ def test_up_revives_a_server_that_died_and_leaves_the_others_alone(stack):
         time.sleep(0.05)
     assert local.current() is None
     assert {server.name: server.alive for server in local.status()} == {"ray": True, "mlflow": False, "s3": True}
+    found = host_findings(client())
+    assert {name for name, finding in found.items() if finding.state == "fail"} == {"local stack", "MLflow"}
+    assert f"tessera up --data {stack.data}" in found["local stack"].cure
     revived = local.up(stack.data)
     assert revived.pids["ray"] == stack.pids["ray"] and revived.pids["mlflow"] != stack.pids["mlflow"]
     assert revived.mlflow_uri == stack.mlflow_uri

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -98,6 +98,7 @@ def parts(located: profiles.Located | None, older_than: float, cache_bytes: floa
     return [
         *here,
         lambda: carry_out(of_storage(storage, older_than), dry_run),
+        lambda: carry_out(_packages(located, older_than), dry_run),
         lambda: carry_out(of_tracking(uri, storage), dry_run),
         lambda: _of_nodes(located, told),
     ]
@@ -259,6 +260,31 @@ def _deleter(root: Store, names: Sequence[str]) -> Callable[[], None]:
             root.delete(name)
 
     return remove
+
+
+def of_packages(storage: str, older_than: float, named: Collection[str]) -> list[Leftover]:
+    """Packages that no run was begun with; `named` are the hashes of those that Ray's jobs name."""
+    from jobs.submit import PACKAGES
+    from jobs.train import STATE
+
+    root, now = Store(storage, _SECONDS), time.time()
+    kept = {name: entry for name, entry in root.entries(PACKAGES).items() if now - entry[1] > older_than}
+    states = [name for name in root.list() if name.endswith(f"/{STATE}")] if kept else []
+    used = {*named, *(json.loads(root.get(name)).get("archive") for name in states)}
+    return [
+        Leftover("package", f"{root.uri}/{name}", size, now - written, _deleter(root, [name]))
+        for name, (size, written) in kept.items()
+        if Path(name).stem not in used
+    ]
+
+
+def _packages(located: profiles.Located, older_than: float) -> list[Leftover]:
+    from jobs import submit
+
+    profile = profiles.ask(located)
+    with submit.job_client(profile) as client:
+        named = {(job.metadata or {}).get("package", "") for job in submit.jobs_of(client)}
+    return of_packages(profile.storage_uri, older_than, named)
 
 
 # MLflow and Ray

@@ -147,6 +147,17 @@ def test_torn_checkpoints_and_half_written_objects_of_dead_runs_only(storage):
     assert leftovers.of_storage(storage.uri, 0.0) == []
 
 
+def test_packages_that_no_run_and_no_job_names_go(storage):
+    folder = storage.local_path
+    for name in ("begun", "submitted", "forgotten"):
+        aged(folder / "packages" / f"{name}.zip")
+    aged(folder / "packages" / "young.zip", at=time.time())
+    storage.put("dead/state.json", json.dumps({"archive": "begun"}).encode())
+    rows = list(leftovers.carry_out(leftovers.of_packages(storage.uri, DAY, {"submitted"}), dry_run=False))
+    assert [(row.where, row.state) for row in rows] == [(f"{storage.uri}/packages/forgotten.zip", "removed")]
+    assert storage.list("packages") == [f"packages/{name}.zip" for name in ("begun", "submitted", "young")]
+
+
 def test_a_run_that_comes_to_life_is_left_alone(storage):
     there = [each for each in leftovers.of_storage(storage.uri, DAY) if "/done/" in each.where]
     assert len(there) == 2

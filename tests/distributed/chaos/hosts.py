@@ -1,7 +1,7 @@
 """A Ray cluster of two hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
 
-MLflow and SeaweedFS run as real processes beside them and are reached through the bridge; S3 requests pass a proxy that
-can be told to spoil them. Where namespaces are not permitted, the hosts are two raylets at one address, which
+MLflow and SeaweedFS run as real processes beside them and are reached at two more addresses; S3 requests pass a proxy
+that can be told to spoil them. Where namespaces are not permitted, the hosts are two raylets at one address, which
 `Cluster.kind` says. Everything ends with the block, by process id, and what an earlier owner that was killed left
 behind is removed first.
 """
@@ -145,14 +145,14 @@ def cluster(folder: Path, cpus: int = 1) -> Iterator[Cluster]:
     _sweep()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        bridge, hosts, kind = stack.enter_context(_network())
+        (storage, tracking), hosts, kind = stack.enter_context(_network())
         s3 = stack.enter_context(seaweedfs(folder / "s3"))
         gcs, dashboard = (f"{hosts[0].address}:{port}" for port in free_ports(2))
         (folder / "mlflow").mkdir(exist_ok=True)
-        mlflow = MlflowServer(folder / "mlflow", bridge)
+        mlflow = MlflowServer(folder / "mlflow", tracking)
         scratch = Path(tempfile.mkdtemp(prefix="tessera-ray-"))  # the path of a socket is 107 characters at most
         made = Cluster(folder, kind, hosts, {}, gcs, f"http://{dashboard}", cpus, s3, mlflow, scratch)
-        proxy = stack.enter_context(faulty_proxy(s3, lambda method, path: made.s3_fault(method, path), host=bridge))
+        proxy = stack.enter_context(faulty_proxy(s3, lambda method, path: made.s3_fault(method, path), host=storage))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         stack.callback(mlflow.kill)
         for host in hosts:
@@ -204,8 +204,8 @@ def _until_listening(address: str, seconds: float = 60) -> None:
 
 
 @contextmanager
-def _network() -> Iterator[tuple[str, list[Host], str]]:
-    """Address that both hosts reach the machine by, the hosts, and what they are."""
+def _network() -> Iterator[tuple[tuple[str, str], list[Host], str]]:
+    """Addresses at which both hosts reach storage and MLflow, the hosts, and what they are."""
     names = ("a", "b")
     base = f"{PREFIX}{os.getpid()}"
     subnet = f"10.213.{os.getpid() % 250}"
@@ -213,7 +213,9 @@ def _network() -> Iterator[tuple[str, list[Host], str]]:
         try:
             _ip("link", "add", base, "type", "bridge")
             stack.callback(_ip, "link", "del", base)
-            _ip("addr", "add", f"{subnet}.254/24", "dev", base)
+            servers = f"{subnet}.254", f"{subnet}.253"
+            for address in servers:
+                _ip("addr", "add", f"{address}/24", "dev", base)
             _ip("link", "set", base, "up")
             hosts = [stack.enter_context(_namespace(base, n, f"{subnet}.{i}")) for i, n in enumerate(names, 1)]
         except (OSError, subprocess.CalledProcessError) as error:
@@ -221,9 +223,9 @@ def _network() -> Iterator[tuple[str, list[Host], str]]:
             kind = f"two raylets at one address, as network namespaces are not permitted here ({reason.strip()})"
             print(f"chaos: {kind}", file=sys.stderr)
             hosts = [Host(name, "127.0.0.1", None) for name in names]
-            yield "127.0.0.1", hosts, kind
+            yield ("127.0.0.1", "127.0.0.1"), hosts, kind
         else:
-            yield f"{subnet}.254", hosts, "two network namespaces with addresses of their own"
+            yield servers, hosts, "two network namespaces with addresses of their own"
 
 
 @contextmanager

@@ -369,14 +369,14 @@ def judge_end(name: str, what: str, end: float | None, now: float, renew: str) -
 
 def judge_tokens(env: Mapping[str, str], now: float) -> list[Finding]:
     """Judge tokens that the environment holds, or whose file it names."""
-    sources = {
-        "RAY_AUTH_TOKEN": env.get("RAY_AUTH_TOKEN"),
-        "RAY_AUTH_TOKEN_PATH": _read(env.get("RAY_AUTH_TOKEN_PATH")),
-        "MLFLOW_TRACKING_TOKEN": env.get("MLFLOW_TRACKING_TOKEN"),
-    }
+    sources = (
+        ("Ray token", "RAY_AUTH_TOKEN", env.get("RAY_AUTH_TOKEN")),
+        ("Ray token", "RAY_AUTH_TOKEN_PATH", _read(env.get("RAY_AUTH_TOKEN_PATH"))),
+        ("MLflow token", "MLFLOW_TRACKING_TOKEN", env.get("MLFLOW_TRACKING_TOKEN")),
+    )
     return [
-        judge_end(f"{name.split('_')[0].title()} token", name, token_end(token), now, f"fetch a new {name}")
-        for name, token in sources.items()
+        judge_end(name, variable, token_end(token), now, f"fetch a new token for {variable}")
+        for name, variable, token in sources
         if token
     ]
 

@@ -137,7 +137,7 @@ def test_the_end_of_tokens(tmp_path):
     env = {"RAY_AUTH_TOKEN_PATH": str(path), "MLFLOW_TRACKING_TOKEN": jwt(exp=900.0), "RAY_AUTH_TOKEN": ""}
     ray, mlflow = doctor.judge_tokens(env, now=1000.0)
     assert (ray.name, ray.state, ray.found) == ("Ray token", "ok", "RAY_AUTH_TOKEN_PATH ends in 2 days")
-    assert (mlflow.name, mlflow.state) == ("Mlflow token", "fail") and "ended 100 s ago" in mlflow.found
+    assert (mlflow.name, mlflow.state) == ("MLflow token", "fail") and "ended 100 s ago" in mlflow.found
 
 
 @pytest.mark.parametrize(

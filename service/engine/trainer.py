@@ -19,7 +19,7 @@ from service.engine.accumulate import backward, parts_of
 from service.engine.average import WeightAverage
 from service.engine.checkpoint import TrainingState
 from service.engine.guard import Buffers
-from service.engine.parallel import wrap
+from service.engine.parallel import Wrapped, wrap
 from service.engine.worker import Worker
 from service.families.base import Batch, Family, Losses
 from service.optim import build_optimizer, cosine, set_rates, warmup_cosine
@@ -61,7 +61,7 @@ class Trainer:
         self.parts = parts_of(size, config.parallel.micro_batch)
         ema = config.eval.weight_ema
         self.averaged = None if ema is None else WeightAverage(self.family.encoder, ema)
-        self.wrapped = wrap(self.family, self.worker, config, self.averaged and self.averaged.module)
+        self.wrapped = self._wrap()
         self.module = self.wrapped.module
         options = config.optim.model_dump(exclude={"kind", "clip_norm"})
         self.optimizer = build_optimizer(config.optim.kind, self.family, **options)
@@ -70,6 +70,9 @@ class Trainer:
         self.grad_norm = torch.zeros((), device=self.worker.device)  # of the last step, before clipping
         self.taken = True  # whether the last step was: its gradient was finite
         self._buffers = Buffers(self.module)
+
+    def _wrap(self) -> Wrapped:
+        return wrap(self.family, self.worker, self.config, self.averaged and self.averaged.module)
 
     @property
     def evaluated(self) -> nn.Module:

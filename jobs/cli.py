@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from datasets_prep.errors import UserError
-from jobs import cli_checkpoints, cli_cluster, cli_data, cli_doctor, cli_jobs, cli_shards
+from jobs import cli_checkpoints, cli_cluster, cli_data, cli_doctor, cli_jobs, cli_plan, cli_shards
 from jobs.terminal import as_json, emit, on_cluster, open_cluster, stack_environment
 
 _EXAMPLES = """
@@ -125,6 +125,7 @@ for _command in (
     *cli_data.COMMANDS,
     *cli_doctor.COMMANDS,
     *cli_jobs.COMMANDS,
+    *cli_plan.COMMANDS,
     *cli_shards.COMMANDS,
     cli_checkpoints.checkpoints,
 ):

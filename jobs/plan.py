@@ -12,10 +12,12 @@ import numpy as np
 
 from datasets_prep.errors import UserError
 from datasets_prep.index import Index
-from service.config import RunConfig
-from service.data.plan import check_cache
+from datasets_prep.layout import Layout
+from service.config import RunConfig, canonical_partitions
+from service.data.plan import SamplePlan, check_cache
 from service.data.split import (
     DataSplit,
+    decode_side,
     make_plan,
     open_sources,
     read_index,
@@ -67,6 +69,13 @@ class Plan:
         return [*rows, ("mixture", ", ".join(shares))]
 
     @property
+    def resident_bytes(self) -> int:
+        """Decoded samples that a GPU worker holds: all of a resident split, else none."""
+        if self.config.data.mode != "resident":
+            return 0
+        return self._samples * 3 * decode_side(self.sources[0], self.config.data.largest_side) ** 2
+
+    @property
     def _samples(self) -> int:
         return sum(source.samples for source in self.sources)
 
@@ -80,6 +89,84 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "steps": self.steps,
         }
+
+
+# Training images of public data sets as published, by the last part of data.uri.
+PUBLISHED = {"imagenet": 1_281_167, "imagenette": 9_469, "cifar10": 50_000, "cifar100": 50_000}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Steps of a config whose data is not at hand, from a number of samples; `origin` says where that comes from."""
+
+    config: RunConfig
+    samples: int
+    origin: str
+    partitions: int
+    steps_per_epoch: int
+    steps: int
+
+    @property
+    def resident_bytes(self) -> int:
+        """Decoded samples that a GPU worker holds, if `data.mode` says that it does."""
+        data = self.config.data
+        return self.samples * 3 * data.largest_side**2 if data.mode == "resident" else 0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """As `Plan.rows`."""
+        data = self.config.data
+        return [
+            ("data", f"{data.uri} is not looked at"),
+            ("training", f"{self.samples:,} samples, {self.origin}; shards are not known"),
+            ("batch", f"{data.batch_size} over {self.config.parallel.workers} workers, {self.partitions} partitions"),
+            ("steps", f"{self.steps:,} = {self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}"),
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """As `Plan.summary`, without a fingerprint."""
+        return {
+            "data": self.config.data.uri,
+            "fingerprint": None,
+            "samples": self.samples,
+            "partitions": self.partitions,
+            "steps_per_epoch": self.steps_per_epoch,
+            "steps": self.steps,
+        }
+
+
+def is_public(uri: str) -> bool:
+    """Say whether a data set has the name of a public one whose size is known."""
+    return _last(uri) in PUBLISHED
+
+
+def _last(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def outline(config: RunConfig, samples: int | None = None) -> Outline:
+    """Count the steps of a config without its data.
+
+    Args:
+        config: of the run.
+        samples: to train on; none takes what `tessera shard` leaves of a public data set's, by `data.uri`'s last part.
+
+    Raises:
+        UserError: the number is not known, or too small for the batch.
+    """
+    data = config.data
+    origin = "as stated"
+    if samples is None:
+        if not is_public(data.uri):
+            raise UserError(f"data.uri={data.uri} cannot be read and is no public data set by name: give --samples N")
+        published = PUBLISHED[_last(data.uri)]
+        samples = published - round(Layout().val_share * published)
+        origin = f"of {published:,} as published, less a tenth for validation"
+    partitions = canonical_partitions(data.partitions, data.batch_size)
+    if data.steps_per_epoch is not None:
+        per_epoch = data.steps_per_epoch
+    else:
+        per_epoch = SamplePlan((samples,), data.batch_size, partitions, 1, config.seed).steps_per_epoch
+    return Outline(config, samples, origin, partitions, per_epoch, config.schedule.length(per_epoch))
 
 
 def make(config: RunConfig) -> Plan:

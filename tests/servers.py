@@ -248,13 +248,16 @@ class Tls:
 
 
 @contextmanager
-def tls_proxy(port: int, folder: Path, change: Callable[[bytes], bytes] = lambda data: data) -> Iterator[Tls]:
+def tls_proxy(
+    port: int, folder: Path, change: Callable[[bytes], bytes] = lambda data: data, cut: bytes | None = None
+) -> Iterator[Tls]:
     """Speak TLS at a port of our own for the server at `port` of 127.0.0.1, with a certificate made in `folder`.
 
     Args:
         port: of the server, which speaks none.
         folder: for the certificate.
         change: what becomes of each piece that the server sends.
+        cut: a piece of a request with which the server vanishes, for that request and all later ones.
     """
     certificate, key = folder / "ca.crt", folder / "ca.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
@@ -263,16 +266,21 @@ def tls_proxy(port: int, folder: Path, change: Callable[[bytes], bytes] = lambda
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
 
+    gone = False
+
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alter: Callable[[bytes], bytes]):
+        nonlocal gone
         with suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(alter(data))
-                await writer.drain()
+            while (data := await reader.read(1 << 16)) and not gone:
+                gone = cut is not None and cut in data
+                if not gone:
+                    writer.write(alter(data))
+                    await writer.drain()
             writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            there = await asyncio.open_connection("127.0.0.1", port)
+            there = await asyncio.open_connection("127.0.0.1", 9 if gone else port)
         except OSError:
             writer.close()
             return

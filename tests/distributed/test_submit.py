@@ -1,23 +1,29 @@
 """Submitted jobs on a real local stack: the command line from the outside, two train workers, MLflow, resume."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from cluster import local
+from cluster import address, local
+from jobs import package
+from jobs.credentials import own_secrets
 from service.data.store import Store
 from service.engine.checkpoint import committed
 from tests.configs import TINY
 from tests.distributed.chaos.harness import losses_of
+from tests.servers import tls_proxy
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -26,11 +32,14 @@ SMALL = [*TINY, "parallel.workers=2", "eval.labels_per_class=[1]", "eval.label_d
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
-    """A stack of this module's own; the state folder keeps it apart from a user's."""
+    """A stack of this module's own, with runs in S3; the state folder keeps it apart from a user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setenv("TESSERA_CACHE", str(tmp_path_factory.mktemp("job_cache")))
-        running = local.up(tmp_path_factory.mktemp("stack"))
+        running = local.up(tmp_path_factory.mktemp("stack"), s3=True)
+        for name, value in running.env.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
         try:
             yield running
         finally:
@@ -39,12 +48,13 @@ def stack(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tessera(stack):
-    def call(*arguments, code=0):
+    def call(*arguments, code=0, env=None):
         done = subprocess.run(
             [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=ROOT,
+            env=env,
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
@@ -107,10 +117,36 @@ def test_the_same_command_again_shows_the_finished_run(stack, tessera, trained, 
     assert "finished" in tessera(*command)
     planned = json.loads(tessera(*command, "--dry-run", "--new", "--json"))
     assert planned["run"] != trained["run"] and planned["state"] == "planned" and planned["steps"] == 12
-    jobs = json.loads(tessera("jobs", "list", "--json"))["jobs"]
-    assert [job["run"] for job in jobs] == [trained["run"]] and jobs[0]["state"] == "SUCCEEDED"
+    [job] = json.loads(tessera("jobs", "list", "--json"))["jobs"]
+    assert (job["run"], job["recipe"], job["state"]) == (trained["run"], "demo", "SUCCEEDED")
+    assert (job["step"], job["steps"], job["goodput"]) == (12, 12, trained["goodput"]["goodput"])
+    assert job["commit"] == package.commit() and "12 of 12" in tessera("jobs", "list")
     assert "finished 12 steps" in tessera("jobs", "logs", trained["run"], "--no-follow")
-    assert "ended already" in tessera("jobs", "stop", trained["run"], code=2)
+    assert "ended already (SUCCEEDED): nothing to stop" in tessera("jobs", "stop", trained["run"], code=2)
+    assert "ended already" in tessera("jobs", "attach", trained["run"], code=2)
+    assert "finished" in tessera("jobs", "retry", trained["run"])
+
+
+def test_what_ran_is_kept_and_holds_no_key(stack, tessera, trained):
+    """The package, the job as Ray tells it, all of Ray's and the servers' logs, and all that MLflow keeps."""
+    told = json.dumps(asked(stack, "/api/jobs/"))
+    [stored] = [name for name in Store(stack.storage_uri).list("packages") if name.split("/")[1][:64] in told]
+    archive = Store(stack.storage_uri).get(stored)
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        contents = {name: packed.read(name) for name in packed.namelist()}
+    assert json.loads(contents["run.json"])["schedule"]["steps"] == 12 and "requirements.lock" in contents
+    state = json.loads(runs(stack, trained["run"]).get("state.json"))
+    assert f"packages/{state['archive']}.zip" == stored
+    assert contents.get("changes.patch") == package.patch()
+    folders = [stack.scratch / "session_latest" / "logs", stack.data / "logs", stack.data / "mlflow"]
+    files = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    assert any("job-driver" in path.name for path in files) and any(path.suffix == ".db" for path in files)
+    kept = Store(stack.storage_uri)
+    objects = {name: kept.get(name) for name in kept.list() if not name.startswith("packages/")}
+    for variable, secret in own_secrets(stack.env).items():
+        places = {"job": told.encode(), **contents, **files, **objects}
+        assert [str(place) for place, data in places.items() if secret in data] == [], variable
+    assert len(own_secrets(stack.env)) == 3
 
 
 def test_evaluate_scores_a_registered_encoder_as_the_run_did(stack, tessera, trained, digits):
@@ -153,9 +189,10 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     attached = json.loads(tessera(*command, "--no-follow", "--json"))
     assert (attached["state"], attached["job"]) == ("attached", started["job"])
     wait_until(lambda: newest_step(store) >= 20)
-    tessera("jobs", "stop", started["run"])
-    wait_for_end(stack, started["job"])
-    stopped = newest_step(store)
+    [listed] = [job for job in json.loads(tessera("jobs", "list", "--json"))["jobs"] if job["run"] == started["run"]]
+    assert listed["state"] == "RUNNING" and 20 <= listed["step"] < 400 and listed["eta_s"] > 0
+    stopped = json.loads(tessera("jobs", "stop", started["run"], "--json"))["step"]
+    assert stopped == newest_step(store)
     assert stopped == max(losses_of(store)), "the last step before the stop is in a checkpoint"
     assert mlflow_status(stack, store) == "KILLED"
     again = json.loads(tessera(*command, "--no-follow", "--json"))
@@ -165,7 +202,9 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     assert not store.exists("result.json") and mlflow_status(stack, store) == "RUNNING"
     assert {job["run"] for job in json.loads(tessera("jobs", "list", "--json"))["jobs"]} >= {started["run"]}
     assert mlflow_status(stack, store) == "KILLED"
-    resumed = json.loads(tessera(*command, "--json").splitlines()[-1])
+    retried = json.loads(tessera("jobs", "retry", started["run"], "--no-follow", "--json"))
+    assert (retried["run"], retried["state"], retried["package"]) == (started["run"], "resumed", started["package"])
+    resumed = json.loads(tessera("jobs", "attach", started["run"], "--json").splitlines()[-1])
     assert resumed["run"] == started["run"]
     assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 400
     taken = losses_of(store)
@@ -175,17 +214,12 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
 
 
 def wait_for_end(stack, job):
-    """Wait for Ray's word, by its HTTP interface: its client takes token authentication from the first import on."""
-    token = Path(stack.env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(
-        f"{stack.ray_address}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"}
-    )
+    wait_until(lambda: asked(stack, f"/api/jobs/{job}")["status"] in ("SUCCEEDED", "FAILED", "STOPPED"))
 
-    def ended():
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["status"] in ("SUCCEEDED", "FAILED", "STOPPED")
 
-    wait_until(ended)
+def asked(stack, path):
+    """Ray's word, by its HTTP interface: its client takes token authentication from the first import on."""
+    return address.ask(stack.ray_address, path, stack.env)
 
 
 def mlflow_status(stack, store):
@@ -300,6 +334,102 @@ def test_a_failed_job_gives_its_exit_code_and_the_cure(stack, tessera, digits):
     experiment = client.get_experiment_by_name("tessera").experiment_id
     newest = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1)[0]
     assert newest.data.params["optim.lr"] == "1e+18" and newest.info.status == "FAILED"
+
+
+@pytest.fixture
+def elsewhere(stack, tmp_path):
+    """Environment of a client that knows the stack as a cluster behind TLS, and not as the machine's own."""
+    client = os.environ | {"XDG_STATE_HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": stack.env["RAY_AUTH_TOKEN_PATH"]}
+    return client | {"MLFLOW_TRACKING_URI": stack.mlflow_uri, "TESSERA_STORAGE": stack.storage_uri}
+
+
+def test_a_cluster_behind_tls_is_used_with_its_authority(stack, tessera, trained, elsewhere, tmp_path, digits):
+    with tls_proxy(stack.ports["dashboard"], tmp_path) as proxy:
+        trusting = elsewhere | {"REQUESTS_CA_BUNDLE": str(proxy.authority)}
+        there = ["--cluster", proxy.address]
+        listed = json.loads(tessera("jobs", "list", "--json", *there, env=trusting))["jobs"]
+        assert trained["run"] in [job["run"] for job in listed]
+        assert "finished 12 steps" in tessera("jobs", "logs", trained["run"], *there, env=trusting)
+        assert "is not trusted" in tessera("jobs", "list", *there, env=elsewhere, code=2)
+        wrong = trusting | {"RAY_AUTH_TOKEN_PATH": str(proxy.authority)}
+        assert "refused the token" in tessera("jobs", "list", *there, env=wrong, code=2)
+
+
+def test_another_ray_there_than_here_is_refused(stack, tessera, elsewhere, tmp_path, digits):
+    here = version("ray").encode()
+    with tls_proxy(stack.ports["dashboard"], tmp_path, lambda data: data.replace(here, b"1" + here[1:])) as proxy:
+        other = elsewhere | {"SSL_CERT_FILE": str(proxy.authority)}
+        command = ["submit", "demo", f"data.uri={digits}", "--cluster", proxy.address]
+        error = tessera(*command, env=other, code=2)
+    assert f"runs Ray 1{here[1:].decode()}, and this is Ray {here.decode()}" in error
+
+
+def test_a_cluster_that_goes_away_in_mid_submit_leaves_nothing_behind(stack, tessera, elsewhere, tmp_path, digits):
+    settings = [*SMALL, f"data.uri={digits}", "schedule.steps=2", "seed=11"]
+    before = json.loads(tessera("jobs", "list", "--json"))["jobs"]
+    with tls_proxy(stack.ports["dashboard"], tmp_path, cut=b"POST /api/jobs/") as proxy:
+        trusting = elsewhere | {"REQUESTS_CA_BUNDLE": str(proxy.authority)}
+        error = tessera("submit", "demo", *settings, "--cluster", proxy.address, env=trusting, code=2)
+    assert "is away" in error and "the same command goes on when it is back" in error
+    assert json.loads(tessera("jobs", "list", "--json"))["jobs"] == before
+    planned = json.loads(tessera("submit", "demo", *settings, "--dry-run", "--json"))
+    assert runs(stack, planned["run"]).list() == []
+    done = json.loads(tessera("submit", "demo", *settings, "--json").splitlines()[-1])
+    assert (done["run"], done["steps"], done["resumed_from"]) == (planned["run"], 2, 0)
+
+
+FROM_STORAGE = """
+import sys
+from pathlib import Path
+from cluster import profiles
+from jobs import package, submit
+submit.RAY_LIMIT = 0
+profile = profiles.resolve("local")
+built = package.write(package.collect(), {"note.txt": b"from storage"}, Path(sys.argv[1]) / "package.zip")
+with submit.job_client(profile) as client:
+    entrypoint = "cat note.txt; python -c 'from jobs import package; print(package.code_hash(), package.commit())'"
+    submit.launch(client, profile, built, "from-storage", entrypoint, {}, {"note": "none"})
+    code = submit.follow(client, "from-storage", print)
+    print(client.get_job_info("from-storage").runtime_env["working_dir"])
+sys.exit(code)
+"""
+
+
+def test_a_package_above_ray_s_limit_goes_through_the_storage_of_runs(stack, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_STORAGE, tmp_path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from storage{package.code_hash()} {package.commit()}" in done.stdout
+    assert "\ns3://runs/packages/" in done.stdout
+
+
+def test_a_bundle_runs_by_its_own_readme_where_nothing_else_is(stack, tessera, digits, tmp_path):
+    made = [*TINY, f"data.uri={digits}", "schedule.steps=2", "seed=12"]
+    wrote = json.loads(tessera("package", "demo", *made, "-o", tmp_path / "bundle", "--json"))
+    assert wrote["files"] == sum(path.is_file() for path in (tmp_path / "bundle").rglob("*"))
+    assert "is not empty" in tessera("package", "demo", *made, "-o", tmp_path / "bundle", code=2)
+    moved = tmp_path / "empty" / "bundle"
+    moved.parent.mkdir()
+    (tmp_path / "bundle").rename(moved)
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHON": sys.executable}
+    clean |= {name: os.environ[name] for name in ("XDG_STATE_HOME", "TESSERA_CACHE")}
+    commands = re.findall(r"```\n(.*?)```", (moved / "README.md").read_text(), re.DOTALL)
+    assert [block.split("\n") for block in commands] == [
+        ["./run.sh --dry-run", "./run.sh", ""],
+        ["./run.sh --plain", ""],
+    ]
+    out = [
+        subprocess.run(line, shell=True, capture_output=True, text=True, cwd=moved, env=clean, check=True).stdout
+        for line in "".join(commands).splitlines()
+    ]
+    planned, submitted, plain = out
+    run = re.search(r"^run +(demo-\w+)  planned", planned, re.MULTILINE)[1]
+    assert f"{run}  submitted as job {run}-01" in submitted and "encoder models:/demo/" in submitted
+    assert f"run {run}\n" in plain and "finished 2 steps" in plain
+    here, there = Store(moved / "runs").sub(run), runs(stack, run)
+    assert losses_of(here) == {step: {pytest.approx(value, rel=1e-3) for value in values}
+                               for step, values in losses_of(there).items()}  # fmt: skip
 
 
 def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path):

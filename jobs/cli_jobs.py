@@ -138,7 +138,7 @@ def _show_result(profile: Profile, run: str, as_json: bool) -> None:
         emit({"run": run, **result})
     else:
         click.echo(render(result))
-        click.echo(f"encoder {result['model_uri']}   MLflow run {result['mlflow_run']}")
+        click.echo(f"encoder {result.get('model_uri', 'not registered')}   MLflow run {result['mlflow_run']}")
 
 
 def tell_dead(profile: Profile) -> None:

@@ -33,10 +33,19 @@ def describe(name: str) -> str:
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a shipped recipe by name, or a YAML or JSON file by path, and apply `key.sub=value` overrides."""
-    errors: list[str] = []
     merged = _defaults(RunConfig)
     for tree in _layers(recipe):
         merged = _merge(merged, tree, RunConfig)
+    return _validated(merged, overrides, f"recipe {recipe!r}")
+
+
+def overlay(config: RunConfig, overrides: Sequence[str], what: str) -> RunConfig:
+    """Apply `key.sub=value` overrides to a config; errors name it as `what`."""
+    return _validated(config.plain(), overrides, what)
+
+
+def _validated(merged: Tree, overrides: Sequence[str], what: str) -> RunConfig:
+    errors: list[str] = []
     for override in overrides:
         path, _, text = override.partition("=")
         if "=" not in override or not path:
@@ -46,13 +55,13 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        errors += [_explain(item, merged) for item in error.errors()]
+        errors += [explain(item, merged) for item in error.errors()]
     else:
         check_settings(config.plain())
         if not errors:
             return config
     count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
-    raise UserError(f"{count} in the config of recipe {recipe!r}:\n" + "\n".join(f"  {e}" for e in errors))
+    raise UserError(f"{count} in the config of {what}:\n" + "\n".join(f"  {e}" for e in errors))
 
 
 def schema() -> str:
@@ -160,14 +169,14 @@ def _kind(model: type[BaseModel]) -> Any:
     return field.default if field else None
 
 
-def _explain(error: ErrorDetails, tree: Tree) -> str:
-    """One line: dotted name, value, constraint, fix."""
+def explain(error: ErrorDetails, tree: Tree, root: type[BaseModel] = RunConfig) -> str:
+    """One line on an error in the tree of a config type: dotted name, value, constraint, fix."""
     path = [str(part) for part in _real_path(error["loc"], tree)]
     dotted = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{dotted} is no setting{_nearest(path[-1], _siblings(path))}"
+        return f"{dotted} is no setting{_nearest(path[-1], _siblings(path, root))}"
     if error["type"] == "missing":
-        return f"{dotted} must be given: no default fits every run"
+        return f"{dotted} must be given: no default fits every {'run' if root is RunConfig else root.__name__.lower()}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "union_tag_invalid":
         context = error.get("ctx", {})
@@ -190,9 +199,9 @@ def _real_path(loc: tuple[int | str, ...], tree: Tree) -> list[int | str]:
     return path
 
 
-def _siblings(path: Sequence[str]) -> list[str]:
+def _siblings(path: Sequence[str], root: type[BaseModel]) -> list[str]:
     """Settings that stand beside a dotted name, of all kinds that could stand there."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models: list[type[BaseModel]] = [root]
     for part in path[:-1]:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [variant for field in fields for variant in _variants(field.annotation)]

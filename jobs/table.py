@@ -18,7 +18,9 @@ _TITLES = {"raw_pixels": "raw pixels", "random_encoder": "random encoder", "trai
 
 
 def render(result: dict[str, Any]) -> str:
-    """Lay out `scores` and `paired` of a result as text."""
+    """Lay out `scores` and `paired` of a result as text, or what it has instead."""
+    if "scores" not in result:
+        return f"linear probe {result['val_linear']:.2f} ± {result['val_linear_se']:.2f} % on validation\n"
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -22,7 +22,7 @@ from datasets_prep.errors import UserError
 from jobs import package, plan, recipes, report
 from jobs.worker import Payload, WorkersFailed
 from service import tracking
-from service.config import RunConfig
+from service.config import Frozen, RunConfig
 from service.data.store import Store, StoreUnavailable
 from service.engine.goodput import goodput, read_events
 from service.engine.lease import Lease, LeaseLost, RunAlive, check_lease, living_holder, newest_epoch
@@ -111,7 +111,7 @@ def drive(
     name = os.environ.get("TESSERA_RUN") or package.run_name(made.config, made.fingerprint, code)
     run = root.sub(name)
     print(f"run {name}", flush=True)
-    lease = _take_lease(run)
+    lease = take_lease(run, is_finished)
     if lease is None:
         return json.loads(run.get(RESULT))
     with lease:
@@ -122,19 +122,21 @@ def drive(
                 fit(made.config, payload)
             result = json.loads(run.get(RESULT))
             check_lease(run, lease.epoch)
-            result |= _patiently(lambda: register(run, tracking_uri, state, made.config))
+            result["mlflow_run"] = state["mlflow_run"]
+            if made.config.eval.report:
+                result |= _patiently(lambda: register(run, tracking_uri, state, made.config))
             _patiently(lambda: _draw(run, tracking_uri, state["mlflow_run"]))
             check_lease(run, lease.epoch)
         except BaseException as error:
             check_lease(run, lease.epoch)  # a driver that was replaced leaves the MLflow run to its successor
-            _end_tracking(tracking_uri, state["mlflow_run"], "FAILED" if isinstance(error, Exception) else "KILLED")
+            end_tracking(tracking_uri, state["mlflow_run"], "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         run.put(RESULT, json.dumps(result, indent=1).encode())
-        _end_tracking(tracking_uri, state["mlflow_run"], "FINISHED")
+        end_tracking(tracking_uri, state["mlflow_run"], "FINISHED")
     return result
 
 
-def _take_lease(run: Store) -> Lease | None:
+def take_lease(run: Store, is_finished: Callable[[Store], bool]) -> Lease | None:
     """Take the run, waiting for a driver that has it and lives; None when that one finished it."""
     announced = False
     while True:
@@ -150,11 +152,30 @@ def _take_lease(run: Store) -> Lease | None:
 
 
 def is_finished(run: Store) -> bool:
-    """Say whether a run has trained and its encoder is registered."""
-    return run.exists(RESULT) and "model_uri" in json.loads(run.get(RESULT))
+    """Say whether a run has trained and, if it reports scores on the test split, its encoder is registered."""
+    if not run.exists(RESULT):
+        return False
+    result = json.loads(run.get(RESULT))
+    return "model_uri" in result or "reported_split" not in result
 
 
 def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) -> dict[str, str]:
+    tags = {
+        "run": name,
+        "recipe": made.config.name,
+        "fingerprint": made.index.fingerprint,
+        "package": code,
+        "commit": package.commit() or "none",
+        "archive": os.environ.get("TESSERA_PACKAGE") or "none",
+        "steps": str(made.steps),
+        "storage": run.uri,
+    }
+    if parent := os.environ.get("TESSERA_PARENT"):
+        tags["mlflow.parentRunId"] = parent
+    return open_tracking(run, uri, made.config.tracking.experiment, made.config, tags)
+
+
+def open_tracking(run: Store, uri: str, experiment: str, config: Frozen, tags: dict[str, str]) -> dict[str, str]:
     """Create the MLflow run, or continue the one that an earlier driver of this run created."""
     if run.exists(STATE):
         state = json.loads(run.get(STATE))
@@ -164,20 +185,11 @@ def _open_tracking(made: plan.Plan, run: Store, uri: str, name: str, code: str) 
             print(f"warning: going on without MLflow: {error}", file=sys.stderr)
         return state
     tracking.check(uri)
-    tags = {
-        "run": name,
-        "recipe": made.config.name,
-        "fingerprint": made.index.fingerprint,
-        "package": code,
-        "commit": package.commit() or "none",
-        "archive": os.environ.get("TESSERA_PACKAGE") or "none",
-        "storage": run.uri,
-    }
-    run_id = tracking.create_run(uri, made.config.tracking.experiment, name, made.config, tags)
+    run_id = tracking.create_run(uri, experiment, tags["run"], config, tags)
     if patch := package.patch():
         run.put(package.PATCH_NAME, patch)
         tracking.log_text(uri, run_id, package.PATCH_NAME, patch.decode(errors="replace"))
-    state = {"mlflow_run": run_id, "steps": str(made.steps), **tags}
+    state = {"mlflow_run": run_id, **tags}
     run.put(STATE, json.dumps(state, indent=1).encode())
     return state
 
@@ -217,7 +229,8 @@ def outcome(run: Store, mlflow_run: str) -> Literal["FINISHED", "KILLED"] | None
     return "FINISHED" if mine and is_finished(run) else "KILLED"
 
 
-def _end_tracking(uri: str, run_id: str, status: Any) -> None:
+def end_tracking(uri: str, run_id: str, status: Any) -> None:
+    """End an MLflow run, or warn that it stays open."""
     try:
         tracking.finish(uri, run_id, status)
     except UserError as error:
@@ -240,7 +253,7 @@ def register(run: Store, tracking_uri: str, state: dict[str, str], config: RunCo
         version = tracking.register_encoder(tracking_uri, state["mlflow_run"], model, folder, tags, requirements())
     moved, reason = tracking.move_champion(tracking_uri, model, version)
     print(f"champion {'moved' if moved else 'stays'}: {reason}", file=sys.stderr, flush=True)
-    return {"model_uri": f"models:/{model}/{version}", "champion": moved, "mlflow_run": state["mlflow_run"]}
+    return {"model_uri": f"models:/{model}/{version}", "champion": moved}
 
 
 def find_run(name: str, storage_uri: str) -> tuple[Store, dict[str, str]]:
@@ -256,8 +269,10 @@ def register_again(name: str, storage_uri: str, tracking_uri: str) -> dict[str, 
     run, state = find_run(name, storage_uri)
     if not run.exists(RESULT):
         raise UserError(f"run {name!r} has not finished training: submit it again to resume it")
-    result = json.loads(run.get(RESULT))
+    result = json.loads(run.get(RESULT)) | {"mlflow_run": state["mlflow_run"]}
     config = RunConfig.model_validate_json(run.get("encoder/config.json"))
+    if not config.eval.report:
+        raise UserError(f"run {name!r} has no scores to register: submit it again with eval.report=true")
     with Lease(run):
         result |= register(run, tracking_uri, state, config)
         run.put(RESULT, json.dumps(result, indent=1).encode())
@@ -276,6 +291,8 @@ def requirements() -> list[str]:
 
 def summary_line(result: dict[str, Any]) -> str:
     """One line that tells how a run ended."""
+    if "reported_split" not in result:
+        return f"finished {result['steps']} steps: linear probe {result['val_linear']:.2f} % on validation"
     trained = result["scores"]["trained"]
     return (
         f"finished {result['steps']} steps: linear probe {trained['all']:.2f} %, k-NN {trained['knn']:.2f} % on "

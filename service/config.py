@@ -55,6 +55,10 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def plain(self) -> dict[str, Any]:
+        """Return the whole tree as JSON-ready plain values, every default written out."""
+        return self.model_dump(mode="json")
+
 
 class RandAugment(Frozen):
     """Operations drawn at random for each view (Cubuk et al. 2020); the defaults are DeiT's `rand-m9-mstd0.5-inc1`."""
@@ -759,6 +763,9 @@ class Eval(Frozen):
     knn_temperature: Positive = 0.07
     labels_per_class: tuple[Count, ...] = Field((), description="few-label probes to report, such as [1, 5, 10]")
     label_draws: Annotated[int, Field(ge=2)] = Field(100, description="label draws that few-label probes average")
+    report: bool = Field(
+        True, description="score the test split at the end and register the encoder; false: the validation split alone"
+    )
 
 
 class Checkpoint(Frozen):
@@ -945,10 +952,6 @@ class RunConfig(Frozen):
                 f"data.deadline_minutes={self.data.deadline_minutes:g} at most: raise the one or lower the other"
             )
         return self
-
-    def plain(self) -> dict[str, Any]:
-        """Return the whole tree as JSON-ready plain values, every default written out."""
-        return self.model_dump(mode="json")
 
 
 def changed_settings(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

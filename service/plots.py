@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from PIL import Image, ImageDraw
 from service.masks import Masking, coverage
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _CELL, _GAP, _LINE = 10, 12, 16
 _HIDDEN, _CONTEXT = (226, 226, 226), (66, 112, 178)
 _TARGETS = ((217, 95, 2), (231, 158, 44), (166, 86, 40), (240, 199, 94))
+_SCALE, _MOST_CELLS = "viridis", 12  # of scores; values of a setting that still make cells of a heat map
 _BATCH, _STEPS = 64, 64  # draws that coverage maps average
 
 
@@ -112,11 +114,7 @@ def goodput(
         commits: (seconds, step) of checkpoints, as dots.
         faults: seconds at which a driver saw one, as dashed lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 5)
     bar, steps = figure.subplots(2, 1, height_ratios=(1, 4))
     left, total = 0.0, sum(seconds.values()) or 1.0
     for phase, colour in _PHASES.items():
@@ -136,13 +134,9 @@ def goodput(
 
 def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
     """Draw a run's metrics, by step, over its steps: a PNG with the panels that have any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = sorted({name for row in metrics.values() for name in row})
     shown = {title: chosen for title, wanted in _PANELS.items() if (chosen := [n for n in names if wanted(n)])}
-    figure = Figure(figsize=(12, 3 * -(-max(1, len(shown)) // 2)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(12, 3 * -(-max(1, len(shown)) // 2))
     for number, (title, chosen) in enumerate(shown.items(), 1):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, number, title=title, xlabel="step")
         for name in chosen:
@@ -151,6 +145,153 @@ def curves(metrics: Mapping[int, Mapping[str, float]]) -> bytes:
         axes.set_yscale("log" if title == _NORMS else "linear")
         axes.legend(fontsize="small")
     return _png(figure)
+
+
+def heat_map(
+    points: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
+    marks: Sequence[str],
+    axes: Sequence[str],
+    title: str,
+    logarithmic: Collection[str] = (),
+) -> bytes:
+    """Draw scores over two settings: cells where both have few values, else dots; a PNG.
+
+    Args:
+        points: settings of each trial.
+        scores: of each trial.
+        marks: a word on each trial, such as why it ended early; '' for none.
+        axes: names of the two settings, across and up.
+        title: what the scores are.
+        logarithmic: settings drawn on a logarithmic scale.
+    """
+    figure = _figure(8, 6)
+    plot = figure.add_subplot(1, 1, 1, title=title, xlabel=axes[0], ylabel=axes[1])
+    values = [_levels([point[axis] for point in points]) for axis in axes]
+    if all(len(each) <= _MOST_CELLS for each in values):
+        shown = _cells(plot, points, scores, marks, axes, values)
+    else:
+        across, up = ([_number(point[axis], each) for point in points] for axis, each in zip(axes, values, strict=True))
+        shown = plot.scatter(across, up, c=scores, s=120, cmap=_SCALE, edgecolors="#404040")
+        for x, y, mark in zip(across, up, marks, strict=True):
+            plot.annotate(mark, (x, y), xytext=(0, 8), textcoords="offset points", fontsize="x-small", ha="center")
+        plot.set(xscale=_scale(axes[0], logarithmic), yscale=_scale(axes[1], logarithmic))
+    figure.colorbar(shown)
+    return _png(figure)
+
+
+def _cells(
+    plot: Axes,
+    points: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
+    marks: Sequence[str],
+    axes: Sequence[str],
+    values: Sequence[Sequence[Any]],
+) -> Any:
+    """Fill a cell with the best of its trials' scores, and say it; grey cells have none."""
+    cells: dict[tuple[int, int], tuple[float, str]] = {}
+    for point, score, mark in zip(points, scores, marks, strict=True):
+        at = values[1].index(point[axes[1]]), values[0].index(point[axes[0]])
+        cells[at] = max(cells.get(at, (-np.inf, "")), (score, mark))
+    grid = np.full((len(values[1]), len(values[0])), np.nan)
+    for at, (score, _) in cells.items():
+        grid[at] = score
+    plot.set_facecolor("#e2e2e2")
+    shown = plot.imshow(grid, cmap=_SCALE, origin="lower", aspect="auto")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (row, column), (score, mark) in cells.items():
+        colour = "white" if score < middle else "black"
+        plot.text(column, row, f"{score:.4g}\n{mark}".strip(), ha="center", va="center", color=colour, fontsize="small")
+    plot.set_xticks(range(len(values[0])), [_label(value) for value in values[0]])
+    plot.set_yticks(range(len(values[1])), [_label(value) for value in values[1]])
+    return shown
+
+
+def parallel_coordinates(
+    points: Sequence[Mapping[str, Any]], scores: Sequence[float], title: str, logarithmic: Collection[str] = ()
+) -> bytes:
+    """Draw each trial as a line through its settings to its score, the better the lighter; a PNG."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    columns = {name: [point[name] for point in points] for name in points[0]} | {title: list(scores)}
+    heights = [_heights(values, name in logarithmic) for name, values in columns.items()]
+    figure = _figure(2.2 * len(columns) + 2, 5)
+    plot = figure.add_subplot(1, 1, 1)
+    shade = Normalize(min(scores), max(scores))
+    for number in np.argsort(scores):
+        path = [each[number] for each in heights]
+        plot.plot(range(len(path)), path, color=colormaps[_SCALE](shade(scores[number])), linewidth=1.5)
+    for x, (name, values) in enumerate(columns.items()):
+        plot.axvline(x, color="#9a9a9a", linewidth=0.8)
+        for value, height in _ticks(values, _heights(values, name in logarithmic)):
+            plot.text(x - 0.02, height, _label(value), fontsize="small", ha="right", va="center", clip_on=False)
+    plot.set_xticks(range(len(columns)), list(columns))
+    plot.set(yticks=[], xlim=(-0.4, len(columns) - 0.8), ylim=(-0.05, 1.05))
+    plot.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def importance(shares: Mapping[str, float], title: str) -> bytes:
+    """Draw the share of the variance of `title` that each setting explains; a PNG."""
+    figure = _figure(7, 1 + 0.5 * len(shares))
+    plot = figure.add_subplot(1, 1, 1, title=f"share of the variance of {title}", xlim=(0, 1))
+    names = list(shares)[::-1]
+    plot.barh(names, [shares[name] for name in names], color=_PHASES["step"])
+    return _png(figure)
+
+
+def _levels(values: Sequence[Any]) -> list[Any]:
+    """Distinct values in order: numbers by size, all else as they come."""
+    distinct: list[Any] = []
+    for value in values:
+        if value not in distinct:
+            distinct.append(value)
+    return sorted(distinct, key=_order)
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, int | float)
+    return (0, float(value), "") if number else (1, 0.0, str(value))
+
+
+def _number(value: Any, levels: Sequence[Any]) -> float:
+    return float(value) if all(isinstance(each, int | float) for each in levels) else float(levels.index(value))
+
+
+def _heights(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
+    """Places of values on an axis from 0 to 1."""
+    levels = _levels(values)
+    numbers = np.array([_number(value, levels) for value in values])
+    numbers = np.log(numbers) if logarithmic and (numbers > 0).all() else numbers
+    low, high = numbers.min(), numbers.max()
+    return (numbers - low) / (high - low) if high > low else np.full(len(numbers), 0.5)
+
+
+def _ticks(values: Sequence[Any], heights: NDArray[np.float64]) -> list[tuple[Any, float]]:
+    """Values to write on an axis: all where there are few, else the ends and one in the middle."""
+    distinct = sorted({height: value for value, height in zip(values, heights.tolist(), strict=True)}.items())
+    chosen = distinct if len(distinct) <= 6 else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
+    return [(value, height) for height, value in chosen]
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("kind", value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _scale(name: str, logarithmic: Collection[str]) -> str:
+    return "log" if name in logarithmic else "linear"
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _png(figure: Figure) -> bytes:

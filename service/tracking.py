@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from datasets_prep.errors import UserError
-from service.config import RunConfig
+from service.config import Frozen
 from service.data.store import Store
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def probe(uri: str) -> str:
             return answer.read().decode().strip()
 
 
-def create_run(uri: str, experiment: str, run_name: str, config: RunConfig, tags: Mapping[str, str]) -> str:
+def create_run(uri: str, experiment: str, run_name: str, config: Frozen, tags: Mapping[str, str]) -> str:
     """Create a run with every leaf of the config as a parameter and the whole of it as `config.json`; return its id."""
     from mlflow.entities import Param
 

@@ -176,7 +176,7 @@ def _train(
     leg.clock.enter("evaluate")
     encoder = trainer.evaluated
     share_buffers(encoder)
-    scores = protocol.final(encoder, trainer.others)
+    scores = protocol.final(encoder, trainer.others) if config.eval.report else protocol.validation(encoder)
     result = {
         "steps": trainer.length.total,
         "resumed_from": start,
@@ -189,6 +189,7 @@ def _train(
         kept = run.store.sub("encoder")
         write_encoder(kept, encoder, config)
         kept.put("scores.json", json.dumps(scores, indent=1).encode())
+        rows(trainer.length.total, {name: scores[name] for name in ("val_linear", "val_linear_se")})
         leg.close(FINISHED)
         found = goodput(read_events(run.store))
         rows(trainer.length.total, found.metrics())

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from datasets_prep.errors import UserError
-from jobs import cli_checkpoints, cli_cluster, cli_data, cli_doctor, cli_jobs, cli_plan, cli_shards
+from jobs import cli_checkpoints, cli_cluster, cli_data, cli_doctor, cli_jobs, cli_plan, cli_shards, cli_tune
 from jobs.terminal import as_json, emit, on_cluster, open_cluster, stack_environment
 
 _EXAMPLES = """
@@ -127,6 +127,7 @@ for _command in (
     *cli_jobs.COMMANDS,
     *cli_plan.COMMANDS,
     *cli_shards.COMMANDS,
+    *cli_tune.COMMANDS,
     cli_checkpoints.checkpoints,
 ):
     cli.add_command(_command)

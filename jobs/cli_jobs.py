@@ -98,18 +98,23 @@ def _announce(done: Submission, plan: dict[str, Any], as_json: bool, follow: boo
 
 
 def _follow(profile: Profile, run: str, job: str, as_json: bool) -> int:
+    """Show a job's log and its result; the exit code is the job's, 130 when the person stops watching."""
+    code = follow_log(profile, run, job, as_json)
+    if code == 0:
+        _show_result(profile, run, as_json)
+    return code
+
+
+def follow_log(profile: Profile, run: str, job: str, as_json: bool) -> int:
     """Show a job's log; the exit code is the job's, 130 when the person stops watching."""
     from jobs import submit as submitting
 
     with submitting.job_client(profile) as client:
         try:
-            code = submitting.follow(client, job, _line_printer(as_json))
+            return submitting.follow(client, job, _line_printer(as_json))
         except KeyboardInterrupt:
             note(f"\nthe job goes on: `tessera jobs attach {run}` follows it, `tessera jobs stop {run}` stops it")
             return 130
-    if code == 0:
-        _show_result(profile, run, as_json)
-    return code
 
 
 def _line_printer(as_json: bool) -> Any:
@@ -129,6 +134,7 @@ def _line_printer(as_json: bool) -> Any:
 
 def _show_result(profile: Profile, run: str, as_json: bool) -> None:
     from jobs import submit as submitting
+    from jobs.sensitivity import summary_line
     from jobs.table import render
     from service.data.store import Store
 
@@ -136,6 +142,8 @@ def _show_result(profile: Profile, run: str, as_json: bool) -> None:
     assert result is not None
     if as_json:
         emit({"run": run, **result})
+    elif "sweep" in result:
+        click.echo(summary_line(result))
     else:
         click.echo(render(result))
         click.echo(f"encoder {result.get('model_uri', 'not registered')}   MLflow run {result['mlflow_run']}")

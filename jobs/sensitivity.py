@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from datasets_prep.errors import UserError
 from jobs.sweep import Choice, Point, Sweep, default_point
+from jobs.tune_submit import IDENTITY, TRIALS, unpacked
 from service import plots
 from service.config import RunConfig
 from service.data.store import Store
@@ -46,8 +48,31 @@ def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x <= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)
 
 
-def conclude(run: Store, settings: Sweep, base: RunConfig, entries: Sequence[Entry]) -> dict[str, Any]:
-    """Keep the best trial's recipe as `best.yaml`, and return what a sweep's result says.
+def read(storage: str, name: str) -> tuple[Sweep, list[Entry], dict[str, Any]]:
+    """A sweep by name, its trials so far and what they say.
+
+    Raises:
+        UserError: no such sweep, or no trial with a score.
+    """
+    run = Store(storage).sub(name)
+    if not run.exists(TRIALS):
+        raise UserError(f"no sweep {name!r} in {storage}: `tessera tune SWEEP` starts one")
+    settings, base = unpacked(run.get(IDENTITY))
+    entries: list[Entry] = json.loads(run.get(TRIALS))["trials"]
+    return settings, entries, {"sweep": name, **conclude(settings, base, entries)}
+
+
+def write(settings: Sweep, entries: Sequence[Entry], result: Mapping[str, Any], out: Path) -> list[str]:
+    """Write the best recipe and the pictures into a folder; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = {BEST: recipe(settings, result["best"]["point"]).encode(), **pictures(settings, entries)}
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    return [str(out / name) for name in files]
+
+
+def conclude(settings: Sweep, base: RunConfig, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a sweep's trials say.
 
     Raises:
         UserError: no trial has a score.
@@ -57,7 +82,6 @@ def conclude(run: Store, settings: Sweep, base: RunConfig, entries: Sequence[Ent
         why = next((entry["why"] for entry in entries if entry.get("why")), "none has probed its encoder")
         raise UserError(f"no trial of sweep {settings.name} has a score: {why}")
     best = ranked[0]
-    run.put(BEST, recipe(settings, best["point"]).encode())
     default = [entry for entry in entries if entry.get("point") == default_point(settings, base)]
     states = [entry["state"] for entry in entries]
     return {
@@ -67,7 +91,6 @@ def conclude(run: Store, settings: Sweep, base: RunConfig, entries: Sequence[Ent
         "front": [entry["number"] for entry in front(entries, settings)],
         "states": {state: states.count(state) for state in sorted(set(states))},
         "importance": importance(settings, entries),
-        "recipe": f"{run.uri}/{BEST}",
     }
 
 
@@ -100,7 +123,8 @@ def importance(settings: Sweep, entries: Sequence[Entry]) -> dict[str, float]:
         point = {key: _flat(settings, key, value) for key, value in entry["point"].items()}
         trial = optuna.trial.create_trial(params=point, distributions=spread, value=score(entry, settings))
         study.add_trial(trial)
-    return dict(get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)))
+    shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {key: float(share) for key, share in shares.items()}
 
 
 def _distribution(settings: Sweep, key: str, seen: Sequence[Any]) -> Any:
@@ -177,4 +201,4 @@ def summary_line(result: dict[str, Any]) -> str:
     text = f"best trial {best['number']}: {metric} {best['metrics'][metric]:.2f}"
     if (default := result["default"]) is not None and metric in default.get("metrics", {}):
         text += f", the recipe as it stands {default['metrics'][metric]:.2f} ({default['state']})"
-    return f"{text}; recipe {result['recipe']}"
+    return text

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ALIVE = ("PENDING", "RUNNING")
-FACTS = ("run", "recipe", "commit", "steps", "package")
+FACTS = ("run", "recipe", "commit", "steps", "package", "entrypoint")
+ENTRYPOINT = f"python -m jobs.train {package.CONFIG_NAME}"
 PACKAGES = "packages"  # beside the runs, in their storage
 RAY_LIMIT = 100 << 20  # bytes that Ray's dashboard takes in one request
+_UNTOLD = {"entrypoint": ENTRYPOINT}
 _SECONDS = (5.0, 120.0)  # to connect, and for an answer
 _RAY_PREFIX = re.compile(r"^(\x1b\[[0-9;]*m)*\([^)]*pid=\d+[^)]*\)(\x1b\[[0-9;]*m)* ?")
 
@@ -120,11 +122,12 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
         built = package.write(code, package.config_document(config), Path(scratch) / "package.zip")
         facts = {"run": name, "recipe": config.name, "commit": code.commit or "none", "steps": str(made.steps)}
-        done = _planned(name, built) if dry_run else begin(profile, built, facts)
+        done = planned(name, built) if dry_run else begin(profile, built, facts)
     return replace(done, commit=code.commit, untracked=code.untracked)
 
 
-def _planned(run: str, built: Package) -> Submission:
+def planned(run: str, built: Package) -> Submission:
+    """What would be submitted."""
     return Submission(run, "planned", None, built.size, built.sha)
 
 
@@ -144,10 +147,11 @@ def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submiss
     Args:
         profile: where.
         built: what the job runs.
-        facts: kept with the job, `run`, `recipe`, `commit` and `steps`; Ray shows them to whoever may see jobs.
+        facts: kept with the job, `run`, `recipe`, `commit`, `steps`; Ray shows them to whoever may see jobs.
+            `entrypoint` is the job's shell command, if it is another than a run's.
     """
     root, name = Store(profile.storage_uri), facts["run"]
-    done = _planned(name, built)
+    done = planned(name, built)
     if is_finished(root.sub(name)):
         return replace(done, state="finished")
     reconcile(profile)
@@ -160,8 +164,8 @@ def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submiss
         last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
         identifier = f"{name}-{last + 1:02d}"
         environment = {"TESSERA_RUN": name, "TESSERA_JOB": identifier, "TESSERA_PACKAGE": built.sha}
-        entrypoint = f"python -m jobs.train {package.CONFIG_NAME}"
-        launch(client, profile, built, identifier, entrypoint, environment, {**facts, "package": built.sha})
+        kept = {**facts, "package": built.sha}
+        launch(client, profile, built, identifier, facts.get("entrypoint", ENTRYPOINT), environment, kept)
     return replace(done, state="resumed" if started else "submitted", job=identifier)
 
 
@@ -240,7 +244,7 @@ def _facts(jobs: Sequence[JobDetails], run: Store) -> dict[str, str]:
         told["package"] = told.get("archive")
     else:
         raise UserError(f"no run {run.uri}: `tessera jobs list` names the runs")
-    return {name: str(told.get(name, "none")) for name in FACTS}
+    return {name: str(told.get(name, _UNTOLD.get(name, "none"))) for name in FACTS}
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:

@@ -287,7 +287,7 @@ def assignments(settings: Mapping[str, Any]) -> list[str]:
 def check(sweep: Sweep, base: RunConfig) -> None:
     """Refuse a sweep whose trials could not all run, before any does."""
     faults: dict[str, None] = {}
-    for point in (*_corners(sweep), *points(sweep, base)):
+    for point in _distinct([*_corners(sweep), *points(sweep, base)]):
         try:
             trial_config(sweep, base, point)
         except UserError as error:
@@ -419,7 +419,8 @@ def check_room(sweep: Sweep, base: RunConfig, cpus: float, gpus: float) -> int:
     """
     from jobs.plan import check_resources
 
-    needs = [base, *(trial_config(sweep, base, point) for point in _corners(sweep))]
+    sizes = _corners(sweep) if any(key.startswith(("parallel.", "compute.")) for key in sweep.space) else ()
+    needs = [base, *(trial_config(sweep, base, point) for point in sizes)]
     on_gpu = [check_resources(config, cpus, gpus) for config in needs]
     room = min(
         min(
@@ -437,6 +438,24 @@ def check_room(sweep: Sweep, base: RunConfig, cpus: float, gpus: float) -> int:
             f"parallel.workers={base.parallel.workers}, cpus_per_worker={base.parallel.cpus_per_worker:g}): lower one"
         )
     return most if sweep.scheduler.kind == "pbt" else min(sweep.concurrency or room, most)
+
+
+def summary(sweep: Sweep, base: RunConfig, room: int) -> dict[str, Any]:
+    """What a person should see before a sweep starts."""
+    space = "; ".join(f"{key} {_said(values)}" for key, values in sweep.space.items())
+    goals = ", ".join(f"{name} ({mode})" for name, mode in sweep.metrics.items())
+    return {
+        "space": space,
+        "trials": trial_count(sweep, base),
+        "at once": room,
+        "chosen by": f"{goals}; search {sweep.search}, scheduler {sweep.scheduler.kind}",
+    }
+
+
+def _said(values: Distribution) -> str:
+    if isinstance(values, Choice):
+        return "of " + json.dumps(list(values.values))
+    return f"{values.kind} {values.low:g} … {values.high:g}"
 
 
 def reports(rows: Mapping[int, Row], total: int, batch: int) -> list[dict[str, float]]:

@@ -26,16 +26,16 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from datasets_prep.errors import UserError
-from jobs import package, plan, sensitivity, sweep
+from jobs import plan, sensitivity, sweep
 from jobs.supervise import GRACE_SECONDS, free_placement_groups
 from jobs.train import RESULT, end_tracking, open_tracking, outcome, storage_root, take_lease
 from jobs.trial import Given, Trial
+from jobs.tune_submit import TRIALS, check_same, identity, keep, unpacked
 from service import tracking
 from service.config import RunConfig
 from service.data.store import Store, StoreUnavailable
 from service.engine.lease import LeaseLost, ask_to_stop, check_lease, living_holder, newest_epoch
 
-IDENTITY, TRIALS = "sweep.json", "trials.json"
 ENDED = ("finished", "collapsed", "stopped")
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -75,35 +75,7 @@ def main(arguments: list[str]) -> int:
 
 def read(name: str, overrides: list[str]) -> tuple[sweep.Sweep, RunConfig]:
     """A sweep by name or path, or one that `tessera tune` has packed with its config."""
-    if not name.endswith(".json"):
-        return sweep.load(name, overrides)
-    packed = json.loads(Path(name).read_text())
-    return sweep.Sweep.model_validate(packed["sweep"]), RunConfig.model_validate(packed["base"])
-
-
-def identity(settings: sweep.Sweep, made: plan.Plan) -> dict[str, Any]:
-    """What decides how a sweep goes; two of one name must have the same."""
-    base = made.config.identity()
-    return {"sweep": settings.identity(), "base": base, "fingerprint": made.fingerprint, "code": package.code_hash()}
-
-
-def check_same(run: Store, mine: Mapping[str, Any], name: str) -> None:
-    """Refuse a name that belongs to another sweep.
-
-    Raises:
-        UserError: it names what differs, and the fix.
-    """
-    if not run.exists(IDENTITY):
-        return
-    then, now = (dict(tracking.leaves(each)) for each in (json.loads(run.get(IDENTITY)), mine))
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    if changed:
-        what = ", ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"{run.uri} is a sweep of that name, and another one: {what}{more}; set them back, or give this one "
-            f"another name: name={name}-2"
-        )
+    return unpacked(Path(name).read_text()) if name.endswith(".json") else sweep.load(name, overrides)
 
 
 def drive(settings: sweep.Sweep, made: plan.Plan, root: Store, tracking_uri: str | None) -> dict[str, Any]:
@@ -111,13 +83,13 @@ def drive(settings: sweep.Sweep, made: plan.Plan, root: Store, tracking_uri: str
     if not tracking_uri:
         raise UserError("MLFLOW_TRACKING_URI is not set: give it the address of an MLflow server")
     run, mine = root.sub(settings.name), identity(settings, made)
-    check_same(run, mine, settings.name)
+    check_same(run, mine)
     print(f"sweep {settings.name}", flush=True)
     lease = take_lease(run, lambda run: run.exists(RESULT))
     if lease is None or run.exists(RESULT):
         return json.loads(run.get(RESULT))
     with lease:
-        run.put(IDENTITY, json.dumps(mine, indent=1).encode())
+        keep(run, settings, made.config, mine)
         tags = {"run": settings.name, "recipe": made.config.name, "fingerprint": made.fingerprint}
         tags |= {"package": mine["code"], "storage": run.uri, "sweep": settings.name}
         state = open_tracking(run, tracking_uri, made.config.tracking.experiment, settings, tags)
@@ -125,8 +97,9 @@ def drive(settings: sweep.Sweep, made: plan.Plan, root: Store, tracking_uri: str
             ledger = Ledger(run, settings, lease.epoch)
             fit(settings, made, root, ledger, {"TESSERA_PARENT": state["mlflow_run"]})
             check_lease(run, lease.epoch)
-            result = {"sweep": settings.name, "mlflow_run": state["mlflow_run"]}
-            result |= sensitivity.conclude(run, settings, made.config, ledger.entries)
+            result = sensitivity.conclude(settings, made.config, ledger.entries)
+            result |= {"sweep": settings.name, "mlflow_run": state["mlflow_run"]}
+            run.put(sensitivity.BEST, sensitivity.recipe(settings, result["best"]["point"]).encode())
             for name, png in sensitivity.pictures(settings, ledger.entries).items():
                 run.put(f"pictures/{name}", png)
                 tracking.log_picture(tracking_uri, state["mlflow_run"], name, png)

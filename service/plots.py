@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _CELL, _GAP, _LINE = 10, 12, 16
 _HIDDEN, _CONTEXT = (226, 226, 226), (66, 112, 178)
 _TARGETS = ((217, 95, 2), (231, 158, 44), (166, 86, 40), (240, 199, 94))
-_SCALE, _MOST_CELLS = "viridis", 12  # of scores; values of a setting that still make cells of a heat map
+_SCALE, _MOST_CELLS, _FEW = "viridis", 12, 6  # of scores; values of a setting that make cells, that are all named
 _BATCH, _STEPS = 64, 64  # draws that coverage maps average
 
 
@@ -88,6 +88,7 @@ _PANELS: dict[str, Callable[[str], bool]] = {
 }
 
 
+_PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 _PHASES = {
     "step": "#4270b2",
     "lost": "#d95f02",
@@ -225,7 +226,7 @@ def parallel_coordinates(
     for x, (name, values) in enumerate(columns.items()):
         plot.axvline(x, color="#9a9a9a", linewidth=0.8)
         for value, height in _ticks(values, _heights(values, name in logarithmic)):
-            plot.text(x - 0.02, height, _label(value), fontsize="small", ha="right", va="center", clip_on=False)
+            plot.text(x - 0.02, height, _label(value), fontsize="small", ha="right", va="center", bbox=_PLATE)
     plot.set_xticks(range(len(columns)), list(columns))
     plot.set(yticks=[], xlim=(-0.4, len(columns) - 0.8), ylim=(-0.05, 1.05))
     plot.spines[:].set_visible(False)
@@ -260,8 +261,10 @@ def _number(value: Any, levels: Sequence[Any]) -> float:
 
 
 def _heights(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
-    """Places of values on an axis from 0 to 1."""
+    """Places of values on an axis from 0 to 1, evenly spaced where they are few."""
     levels = _levels(values)
+    if len(levels) <= _FEW:
+        return np.array([levels.index(value) / max(1, len(levels) - 1) for value in values])
     numbers = np.array([_number(value, levels) for value in values])
     numbers = np.log(numbers) if logarithmic and (numbers > 0).all() else numbers
     low, high = numbers.min(), numbers.max()
@@ -271,13 +274,15 @@ def _heights(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
 def _ticks(values: Sequence[Any], heights: NDArray[np.float64]) -> list[tuple[Any, float]]:
     """Values to write on an axis: all where there are few, else the ends and one in the middle."""
     distinct = sorted({height: value for value, height in zip(values, heights.tolist(), strict=True)}.items())
-    chosen = distinct if len(distinct) <= 6 else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
+    chosen = distinct if len(distinct) <= _FEW else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
     return [(value, height) for height, value in chosen]
 
 
 def _label(value: Any) -> str:
     if isinstance(value, dict):
-        return str(value.get("kind", value))
+        return " ".join(_label(each) for each in value.values())
+    if isinstance(value, list | tuple):
+        return "–".join(map(_label, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

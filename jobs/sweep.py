@@ -148,7 +148,7 @@ class Collapse(Frozen):
     """When a representation counts as collapsed: below either bound in `patience` measurements after the warm-up."""
 
     min_rank: NonNegative = Field(2.0, description="effective rank")
-    min_std: NonNegative = Field(0.01, description="mean standard deviation of the dimensions")
+    min_std: NonNegative = Field(0.1, description="mean standard deviation of the dimensions")
     patience: Count = 2
 
 

@@ -240,8 +240,10 @@ def _tune_config(settings: sweep.Sweep, base: RunConfig, ledger: Ledger, room: i
 
 
 def _optuna(settings: sweep.Sweep, base: RunConfig, ledger: Ledger) -> Searcher:
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = [entry["point"] for entry in ledger.entries if "point" in entry] or sweep.points(settings, base)
     first = [{f"trial/point/{key}": value for key, value in sweep.encoded(settings, each).items()} for each in known]
     several = {"metric": list(settings.metrics), "mode": list(settings.metrics.values())}

@@ -2,6 +2,7 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def test_a_grid_has_all_combinations_and_the_recipe_once(tmp_path):
 def test_what_cannot_be_is_refused_before_a_trial(tmp_path, changes, overrides, said):
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         sweep.load(written(tmp_path, **changes), overrides)
+
+
+def test_the_guides_example_is_a_sweep(tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "sweeps.md"
+    (tmp_path / "example.yaml").write_text(guide.read_text().split("```yaml\n")[1].split("```")[0])
+    settings, base = sweep.load(str(tmp_path / "example.yaml"), ["optim.weight_decay=0.1"])
+    assert settings.trials == 12 and base.optim.weight_decay == 0.1
 
 
 def test_unknown_names_are_refused(tmp_path):

@@ -46,6 +46,7 @@ class Given:
         base: config that trials start from.
         storage: root of all runs' storage.
         environment: of the runs' processes: addresses, the sweep's MLflow run.
+        plain: runs train in their own process, with what the trial has reserved, and not on Ray's workers.
         ended: how the trials that ended did, by run.
     """
 
@@ -53,6 +54,7 @@ class Given:
     base: dict[str, Any]
     storage: str
     environment: dict[str, str]
+    plain: bool
     ended: dict[str, str]
 
 
@@ -139,11 +141,13 @@ class Trial(tune.Trainable):
         self._log = folder / "log.txt"
         (folder / "run.json").write_text(json.dumps(self._made.config.plain()))
         environment = {**os.environ, **self._given.environment, "TESSERA_RUN": self._run, "PYTHONUNBUFFERED": "1"}
-        for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
-            environment.pop(name, None)  # of this actor, not of the run's workers
+        if not self._given.plain:
+            for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+                environment.pop(name, None)  # of this actor, not of the run's workers
+        command = ["jobs.train", *(["--plain"] if self._given.plain else []), str(folder / "run.json")]
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.train", str(folder / "run.json")],
+                [sys.executable, "-m", *command],
                 cwd=_ROOT,
                 env=environment,
                 stdout=log,

@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 
 from datasets_prep.errors import UserError
 from jobs import plan, sensitivity, sweep
+from jobs.plan import check_resources
 from jobs.supervise import GRACE_SECONDS, free_placement_groups
 from jobs.train import RESULT, end_tracking, open_tracking, outcome, storage_root, take_lease
 from jobs.trial import Given, Trial
@@ -42,6 +43,13 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # of Tune's own state, which nobody reads
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+_PASSED_ON = (
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "MLFLOW_TRACKING_URI",
+    "TESSERA_STORAGE",
+    "TESSERA_PACKAGE",
+    "TESSERA_JOB",
+)  # from the driver to the runs
 _DOMAINS: Mapping[str, Callable[[Any], Any]] = {
     "uniform": lambda values: tune.uniform(values.low, values.high),
     "loguniform": lambda values: tune.loguniform(values.low, values.high),
@@ -182,6 +190,7 @@ def fit(settings: sweep.Sweep, made: plan.Plan, root: Store, ledger: Ledger, env
     """Let Tune run the trials that are left; returns when all have ended."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses its own files of results, which nobody asked for
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     for group in free_placement_groups():
@@ -191,10 +200,10 @@ def fit(settings: sweep.Sweep, made: plan.Plan, root: Store, ledger: Ledger, env
     ledger.total = sweep.trial_count(settings, made.config)
     print(f"{ledger.total} trials, {room} at once", flush=True)
     environment |= {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    passed = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "MLFLOW_TRACKING_URI", "TESSERA_STORAGE", "TESSERA_COMMIT", "TESSERA_JOB")
-    environment |= {name: os.environ[name] for name in passed if name in os.environ}
-    given = Given(settings.plain(), made.config.plain(), root.uri, environment, ledger.ended)
-    here = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
+    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    own = _own_process(settings, made.config, there.get("GPU", 0))
+    given = Given(settings.plain(), made.config.plain(), root.uri, environment, bool(own), ledger.ended)
+    here = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001, **own}])
     with tempfile.TemporaryDirectory(prefix="tessera-tune-") as scratch:  # Tune wants a place; nothing there is read
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(Trial, given=given), here),
@@ -210,6 +219,14 @@ def fit(settings: sweep.Sweep, made: plan.Plan, root: Store, ledger: Ledger, env
         )
         with _stopping_gently(root, ledger):
             tuner.fit()
+
+
+def _own_process(settings: sweep.Sweep, base: RunConfig, gpus: float) -> dict[str, float]:
+    """What a trial reserves to train in a process of its own: one worker on the only node needs no group of workers."""
+    if len(ray.nodes()) > 1 or base.parallel.workers > 1 or any(key.startswith("parallel.") for key in settings.space):
+        return {}
+    gpu = check_resources(base, base.parallel.cpus_per_worker, gpus)
+    return {"CPU": base.parallel.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
 
 
 def _space(settings: sweep.Sweep, base: RunConfig, ledger: Ledger) -> Any:

@@ -10,7 +10,7 @@ from service.data.store import Store
 from service.engine.goodput import FINISHED, read_events
 from service.tracking import stored_metrics
 from tests.configs import TINY
-from tests.distributed.test_submit import stack, tessera, wait_for_end, wait_until  # noqa: F401  (fixtures)
+from tests.distributed.test_submit import wait_for_end, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 COLLAPSES, HEALTHY = (
@@ -36,7 +36,7 @@ def finishes(stack, trial):
     return sum(event.get("outcome") == FINISHED for event in events)
 
 
-def test_a_sweep_ends_what_collapses_and_finds_the_best(stack, tessera, few_digits, tmp_path):  # noqa: F811
+def test_a_sweep_ends_what_collapses_and_finds_the_best(stack, tessera, few_digits, tmp_path):
     import mlflow
 
     command = ["tune", "demo", "name=four", f"data.uri={few_digits}", *SMALL, *GRID]
@@ -70,7 +70,7 @@ def test_a_sweep_ends_what_collapses_and_finds_the_best(stack, tessera, few_digi
         "parallel.png",
     }
     assert json.loads(tessera("submit", out / "best.yaml", "--dry-run", "--json"))["state"] == "planned"
-    assert json.loads(tessera(*command, "--dry-run", "--json").splitlines()[-1])["best"] == result["best"]
+    assert json.loads(tessera(*command, "--json").splitlines()[-1])["best"] == result["best"]
     refused = tessera(*command, "optim.lr=0.5", code=2)
     assert "base.optim.lr was 0.01, is 0.5" in refused and "name=four-2" in refused
     assert "concurrency=50" in tessera(*command, "concurrency=50", code=2)
@@ -88,7 +88,7 @@ def driver(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_digits):  # noqa: F811
+def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_digits):
     command = ["tune", "demo", "name=killed", f"data.uri={few_digits}", *SMALL, *GRID, "schedule.epochs=80"]
     job = json.loads(tessera(*command, "--no-follow", "--json"))["job"]
 
@@ -114,7 +114,7 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_dig
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_population_clones_weights_and_goes_on_with_moved_settings(stack, tessera, few_digits):  # noqa: F811
+def test_a_population_clones_weights_and_goes_on_with_moved_settings(stack, tessera, few_digits):
     rates = "{kind: loguniform, low: 1.0e-5, high: 3.0e-2}"
     population = ["scheduler.kind=pbt", "scheduler.every=0.2", "scheduler.quantile=0.5", "search=random", "trials=2"]
     command = ["tune", "demo", "name=two", f"data.uri={few_digits}", *SMALL, *population, "map=null", "collapse=null"]

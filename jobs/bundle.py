@@ -117,10 +117,10 @@ def write(config: RunConfig, cluster: str, profile: ProfileFile | None, folder: 
     files |= {package.LOCK_NAME: code.files[package.LOCK_NAME]}
     manifests = {} if profile is None else _manifests(cluster, profile)
     files |= {f"manifests/{name}": text.encode() for name, text in manifests.items()}
+    named = shlex.quote(cluster)
     if cluster.endswith((".yaml", ".yml")):
         files["cluster.yaml"], named = Path(cluster), '"$here/cluster.yaml"'
-    else:
-        named = shlex.quote(cluster)
+        cluster = "cluster.yaml"
     files["run.sh"] = _SCRIPT.format(cluster=named).encode()
     files["README.md"] = _readme(config, cluster, profile, code.commit, manifests).encode()
     for name, file in files.items():

@@ -293,7 +293,8 @@ def _packages(profile: Profile) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"runtime.lock={runtime.lock} of --cluster {profile.name} does not exist: name a lock file")
     lines = (line.split(" #")[0].strip() for line in path.read_text().splitlines())
-    return {"uv": {"packages": [line for line in lines if line and not line.startswith("#")]}}
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    return {"uv": {"packages": wanted, "uv_pip_install_options": []}}  # none: Ray's own would bypass uv's cache
 
 
 def read_result(root: Store, run: str) -> dict[str, Any] | None:
@@ -317,7 +318,8 @@ def job_client(profile: Profile) -> Generator[JobSubmissionClient]:
     uri = profile.jobs_address
     try:
         client = Client(uri, verify=address.ca_file(profile.env) or True)
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         yield client
     except UserError:
         raise

@@ -324,9 +324,10 @@ done
 
 "${{step[@]}}" --nodelist="${{hosts[0]}}" python -m jobs.train {run} &
 driver=$! requeue=
-# The driver answers SIGTERM with a checkpoint of the step it is at; the same script then goes on from there.
-trap 'requeue=yes; kill -TERM "$driver" || true' USR1
-trap 'kill -TERM "$driver" || true' TERM
+# The driver answers SIGUSR1 with a checkpoint of the step it is at; the same script then goes on from there. SIGTERM
+# would make srun kill it.
+trap 'requeue=yes; kill -USR1 "$driver" || true' USR1
+trap 'kill -USR1 "$driver" || true' TERM
 code=0
 wait "$driver" || code=$?
 while kill -0 "$driver" 2>/dev/null; do

@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m jobs.train [--plain] RECIPE [key=value …]", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGUSR1, _as_sigterm)
     try:
         made = plan.make(recipes.load(words[0], words[1:]))
         result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"), fit_here if plain else fit_on_ray)
@@ -63,6 +64,11 @@ def main(arguments: list[str]) -> int:
 def _stop(signum: int, frame: object) -> None:
     """Leave by an exception, so that a stopped job still ends its MLflow run."""
     sys.exit(143)
+
+
+def _as_sigterm(signum: int, frame: object) -> None:
+    """Take Slurm's warning for what it means; its srun passes SIGUSR1 on, and kills at SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def storage_root() -> Store:

@@ -1,6 +1,8 @@
-"""The driver of a run while MLflow is away."""
+"""The driver of a run while MLflow is away, and when it is told to go."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -43,3 +45,16 @@ def test_the_end_of_a_run_waits_for_mlflow_up_to_a_deadline(monkeypatch):
     monkeypatch.setattr(train, "PATIENCE_SECONDS", -1.0)
     with pytest.raises(TrackingAway, match=NOWHERE):
         train._patiently(lambda: tracking.finish(NOWHERE, "abc", "FINISHED"))
+
+
+def test_slurm_s_warning_asks_the_driver_to_stop():
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert train.main(["no-such-recipe"]) == 2  # having set its handlers
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

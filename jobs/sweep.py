@@ -204,10 +204,8 @@ class Sweep(Frozen):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What decides which trials are run and how they end: without how many at once."""
-        tree = self.plain()
-        del tree["concurrency"], tree["minutes"], tree["map"]
-        return tree
+        """What decides which trials are run and how they end, besides the config that they share."""
+        return self.model_dump(mode="json", exclude={"recipe", "overrides", "concurrency", "minutes", "map"})
 
 
 _OPTIM_FREE = ("optim.lr", "optim.weight_decay", "optim.clip_norm")  # what a restored optimiser takes from the config

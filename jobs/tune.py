@@ -26,7 +26,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from datasets_prep.errors import UserError
-from jobs import plan, sensitivity, sweep
+from jobs import package, plan, sensitivity, sweep
 from jobs.plan import check_resources
 from jobs.supervise import GRACE_SECONDS, free_placement_groups
 from jobs.train import RESULT, end_tracking, open_tracking, outcome, storage_root, take_lease
@@ -99,7 +99,8 @@ def drive(settings: sweep.Sweep, made: plan.Plan, root: Store, tracking_uri: str
     with lease:
         keep(run, settings, made.config, mine)
         tags = {"run": settings.name, "recipe": made.config.name, "fingerprint": made.fingerprint}
-        tags |= {"package": mine["code"], "storage": run.uri, "sweep": settings.name}
+        tags |= {"package": mine["code"], "commit": package.commit() or "none", "storage": run.uri}
+        tags |= {"archive": os.environ.get("TESSERA_PACKAGE") or "none", "sweep": settings.name}
         state = open_tracking(run, tracking_uri, made.config.tracking.experiment, settings, tags)
         try:
             ledger = Ledger(run, settings, lease.epoch)

@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m jobs.tune SWEEP [key=value …]", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
     try:
         settings, base = read(arguments[0], arguments[1:])
         result = drive(settings, plan.make(base), storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))

@@ -44,6 +44,7 @@ def state_of(run):
     return _load_state_dict_from_keys({"model", "optimizer"}, storage_reader=reader)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is un")
 def test_a_clone_has_the_donors_weights_and_optimiser_and_goes_on_with_its_own_rate(donor, few_digits):
     assert trial.clone(donor, trial.Origin("donor", 2), donor.sub("clone")) == 4
     theirs, mine = state_of(donor.sub("donor")), state_of(donor.sub("clone"))

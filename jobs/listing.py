@@ -78,12 +78,8 @@ def _progress(run: Store, steps: int | None) -> Progress:
     try:
         if run.exists(RESULT):
             result = json.loads(run.get(RESULT))
-            return {
-                "step": result["steps"],
-                "steps": result["steps"],
-                "eta_s": 0.0,
-                "goodput": result["goodput"]["goodput"],
-            }
+            taken, share = result.get("steps"), result.get("goodput", {}).get("goodput")  # a sweep has neither
+            return {"step": taken, "steps": taken or steps, "eta_s": 0.0, "goodput": share}
         return progress(read_events(run), steps, time.time())
     except UserError:  # the storage cannot be reached from here: the jobs can still be listed
         return progress([], steps, time.time())

@@ -10,14 +10,16 @@ from datasets_prep.errors import UserError
 from jobs import bundle, package
 from tests.configs import tiny
 
+SECRET = "never to be written" + " anywhere"  # in two pieces, or this file could not be packed
+
 
 def written(folder, cluster, monkeypatch, *changes):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never-to-be-written-anywhere")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     profile = None if "://" in cluster else read(cluster, list(changes))
     made = bundle.write(tiny("s3://data/digits"), cluster, profile, folder)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert (made.files, made.size) == (len(files), sum(map(len, files.values())))
-    assert not any(b"never-to-be-written-anywhere" in data for data in files.values())
+    assert not any(SECRET.encode() in data for data in files.values())
     subprocess.run(["sh", "-n", folder / "run.sh"], check=True)
     return files, files["README.md"].decode(), files["run.sh"].decode()
 

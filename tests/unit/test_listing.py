@@ -66,6 +66,13 @@ def test_a_run_is_one_row_with_its_newest_job(tmp_path):
     assert "5 of 5" in lines[3] and "87.5 %" in lines[3] and "demo" in lines[4] and "– of 9" in lines[4]
 
 
+def test_a_sweep_that_has_ended_is_listed_without_steps(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "result.json").write_text('{"sweep": "s", "best": {}}')
+    [row] = listing.rows([job("s", 1, 1000, "SUCCEEDED", steps="9")], Store(tmp_path))
+    assert (row["step"], row["steps"], row["goodput"]) == (None, 9, None) and "SUCCEEDED" in listing.render([row])
+
+
 @pytest.mark.parametrize("cut", range(0, 18))
 def test_a_log_that_breaks_off_is_shown_once(cut):
     text, shown = "one\ntwo\n\nfour\nend", []

@@ -48,6 +48,7 @@ def _peak(profiler):
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    seen = [event["args"] for event in events if event.get("name") == "[memory]"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    seen = [event["args"] for event in events]
     before = seen[0]["Total Allocated"] - seen[0]["Bytes"]  # of earlier profiles in this process
     return max(each["Total Allocated"] for each in seen) - before

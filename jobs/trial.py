@@ -92,7 +92,7 @@ class Trial(tune.Trainable):
         while True:
             rows = tracking.stored_metrics(self._store)
             found = sweep.reports(rows, self._made.steps, self._made.config.data.batch_size)
-            seen = sweep.collapsed(rows, self._sweep.collapse, self._warmup)
+            seen = None if ended else sweep.collapsed(rows, self._sweep.collapse, self._warmup)
             if not seen and len(found) > self._told:
                 self._told += 1
                 return self._report(found[self._told - 1], "training")

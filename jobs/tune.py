@@ -158,7 +158,7 @@ class Ledger(tune.Callback):
     ) -> None:
         """Called by Tune with what a trial reports."""
         number = trials.index(trial)
-        if self.entries[number]["state"] in ENDED and result["state"] == "training":
+        if self.entries[number]["state"] in ENDED:
             return  # it reports again what it did under an earlier driver
         point = sweep.decoded(self._settings, trial.config["trial"]["point"])
         chosen = {name: result[name] for name in self._settings.metrics}

@@ -216,16 +216,16 @@ def parallel_coordinates(
     from matplotlib.colors import Normalize
 
     columns = {name: [point[name] for point in points] for name in points[0]} | {title: list(scores)}
-    heights = [_heights(values, name in logarithmic) for name, values in columns.items()]
+    heights = [_heights(values, name in logarithmic, name != title) for name, values in columns.items()]
     figure = _figure(2.2 * len(columns) + 2, 5)
     plot = figure.add_subplot(1, 1, 1)
     shade = Normalize(min(scores), max(scores))
     for number in np.argsort(scores):
         path = [each[number] for each in heights]
         plot.plot(range(len(path)), path, color=colormaps[_SCALE](shade(scores[number])), linewidth=1.5)
-    for x, (name, values) in enumerate(columns.items()):
+    for x, (values, places) in enumerate(zip(columns.values(), heights, strict=True)):
         plot.axvline(x, color="#9a9a9a", linewidth=0.8)
-        for value, height in _ticks(values, _heights(values, name in logarithmic)):
+        for value, height in _ticks(values, places):
             plot.text(x - 0.02, height, _label(value), fontsize="small", ha="right", va="center", bbox=_PLATE)
     plot.set_xticks(range(len(columns)), list(columns))
     plot.set(yticks=[], xlim=(-0.4, len(columns) - 0.8), ylim=(-0.05, 1.05))
@@ -260,10 +260,10 @@ def _number(value: Any, levels: Sequence[Any]) -> float:
     return float(value) if all(isinstance(each, int | float) for each in levels) else float(levels.index(value))
 
 
-def _heights(values: Sequence[Any], logarithmic: bool) -> NDArray[np.float64]:
-    """Places of values on an axis from 0 to 1, evenly spaced where they are few."""
+def _heights(values: Sequence[Any], logarithmic: bool, even: bool) -> NDArray[np.float64]:
+    """Places of values on an axis from 0 to 1; `even` spaces few of them evenly."""
     levels = _levels(values)
-    if len(levels) <= _FEW:
+    if even and len(levels) <= _FEW:
         return np.array([levels.index(value) / max(1, len(levels) - 1) for value in values])
     numbers = np.array([_number(value, levels) for value in values])
     numbers = np.log(numbers) if logarithmic and (numbers > 0).all() else numbers

@@ -26,7 +26,8 @@ demo: setup  ## Local stack, shards, a submitted job and its result table, in mi
 	$(BIN)/python -m jobs.demo
 
 test: setup  ## Every test but those that need a GPU or long minutes
-	$(BIN)/python -m pytest -o addopts= -q --strict-markers -m "not gpu and not slow" --durations=10
+	$(BIN)/python -m pytest -n 2 --durations=5
+	$(BIN)/python -m pytest -o addopts= -q --strict-markers -m "(distributed or smoke) and not gpu and not slow" --durations=20
 
 lint: setup  ## Format, lint, types, imports, spelling
 	$(BIN)/ruff format --check .

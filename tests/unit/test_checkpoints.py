@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import threading
 import time
 
@@ -161,6 +162,7 @@ def test_minutes_pass_by_the_clock(few_digits, tmp_path, monkeypatch):
     options = {"checkpoint__every": "0.5 minutes", "checkpoint__snapshot_every": "1 minutes", "schedule__steps": 7}
     clock = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint, "_LATE_SECONDS", math.inf)  # by the same clock
 
     def pass_time(step, row):
         clock[0] += 16.0

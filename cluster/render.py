@@ -249,7 +249,8 @@ def _compose(name: str, profile: ProfileFile, run: Sequence[str]) -> Files:
         "shm_size": f"{node.shm_gib:g}gb",
         "cpus": node.cpus,
         "mem_limit": f"{node.memory_gib:g}gb",
-        "environment": _environment(profile) | {key: None for key in _secrets(profile)},
+        "environment": {key: value.replace("$", "$$") for key, value in _environment(profile).items()}
+        | {key: f"${{{key}:?}}" for key in _secrets(profile)},
     }
     if node.gpus:
         device = {"driver": "nvidia", "count": node.gpus, "capabilities": ["gpu"]}

@@ -191,6 +191,32 @@ def test_secrets_are_named_and_never_written(target, monkeypatch):
     assert [key for key in SECRETS if key not in text] == (["RAY_AUTH_TOKEN"] if target == "rayjob" else [])
 
 
+def _starts(target: str) -> list[str]:
+    """Each command of a target that starts Ray, as one line."""
+    units = _rendered(target, "rtx4090").values()
+    if target in ("slurm", "systemd"):
+        return [line for text in units for line in text.splitlines() if "ray start" in line]
+    (document,) = map(yaml.safe_load, units)
+    if target == "compose":
+        return [" ".join(document["services"]["worker"]["command"])]
+    if target == "ray-yaml":
+        return [document[f"{role}_start_ray_commands"][-1] for role in ("head", "worker")]
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    return ["ray start " + " ".join(f"--{name}" for name in group["rayStartParams"]) for group in groups]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ray_start_knows_every_option():
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    for target in TARGETS:
+        for line in _starts(target):
+            used = set(re.findall(r"--[a-z-]+", line.split("ray start")[1]))
+            assert {"--num-cpus", "--num-gpus", "--metrics-export-port"} < used <= known, target
+
+
 CHANGES = [
     ("kuberay", "nodes=3", "replicas: 3"),
     ("kuberay", "node.cpus=10", "cpu: 9000m"),
@@ -213,6 +239,7 @@ CHANGES = [
     ("slurm", "node.memory_gib=100", "#SBATCH --mem=90G"),
     ("compose", "node.memory_gib=100", "mem_limit: 100gb"),
     ("compose", "runtime={kind: image, image: 'mine:1'}", "image: mine:1"),
+    ("compose", "env.PRICE=5$", "PRICE: 5$$"),
     ("systemd", "node.cpus=7", "--num-cpus=7"),
 ]
 

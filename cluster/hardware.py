@@ -28,6 +28,7 @@ class Gpu(Frozen):
 
     Args:
         product: name that the driver reports; Kubernetes labels nodes with it, spaces as hyphens.
+        ray_type: what Ray calls it, in the resource `accelerator_type:…` of its nodes.
         memory_gib: what CUDA can allocate of it, as torch's out-of-memory error names it, in GiB.
         tflops: dense peak by precision in 10¹² operations a second, sums in fp32 where factors are shorter.
         memory_gb_per_second: bandwidth of its memory in 10⁹ bytes a second.
@@ -35,6 +36,7 @@ class Gpu(Frozen):
     """
 
     product: str
+    ray_type: str
     memory_gib: float
     tflops: Mapping[Precision, float]
     memory_gb_per_second: float
@@ -47,6 +49,7 @@ _HOPPER: Mapping[Precision, float] = {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9
 GPUS: Mapping[str, Gpu] = {
     "rtx4090": Gpu(
         product="NVIDIA GeForce RTX 4090",
+        ray_type="GeForce-RTX-4090",
         memory_gib=23.6,
         tflops={"bf16": 165.2, "fp16": 165.2, "fp32": 82.6, "fp64": 1.3},
         memory_gb_per_second=1008,
@@ -54,6 +57,7 @@ GPUS: Mapping[str, Gpu] = {
     ),
     "a100-40gb": Gpu(
         product="NVIDIA A100-SXM4-40GB",
+        ray_type="A100",
         memory_gib=39.4,
         tflops=_A100,
         memory_gb_per_second=1555,
@@ -61,6 +65,7 @@ GPUS: Mapping[str, Gpu] = {
     ),
     "a100-80gb": Gpu(
         product="NVIDIA A100-SXM4-80GB",
+        ray_type="A100",
         memory_gib=79.1,
         tflops=_A100,
         memory_gb_per_second=2039,
@@ -68,6 +73,7 @@ GPUS: Mapping[str, Gpu] = {
     ),
     "h100": Gpu(
         product="NVIDIA H100 80GB HBM3",
+        ray_type="H100",
         memory_gib=79.1,
         tflops=_HOPPER,
         memory_gb_per_second=3352,
@@ -75,6 +81,7 @@ GPUS: Mapping[str, Gpu] = {
     ),
     "h200": Gpu(
         product="NVIDIA H200",
+        ray_type="H200",
         memory_gib=139.8,
         tflops=_HOPPER,
         memory_gb_per_second=4800,

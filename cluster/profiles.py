@@ -263,11 +263,25 @@ def _environment(cluster: str, address: str, file: ProfileFile | None) -> dict[s
 def _check_nodes(cluster: str, file: ProfileFile, nodes: Sequence[Mapping[str, float]]) -> None:
     """Check that as many nodes as the profile says have the CPUs and GPUs that it says."""
     wanted = file.node
-    enough = [node for node in nodes if node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus]
+    kind = GPUS[wanted.gpu].ray_type if wanted.gpu else None
+    enough = [
+        node
+        for node in nodes
+        if node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus and kind in (None, _gpu_type(node))
+    ]
     if len(enough) < file.nodes:
-        kinds = Counter(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        there = ", ".join(f"{count} of {kind}" for kind, count in kinds.items()) or "none"
+        kinds = Counter(_described(node.get("CPU", 0), node.get("GPU", 0), _gpu_type(node)) for node in nodes)
+        there = ", ".join(f"{count} of {each}" for each, count in kinds.items()) or "none"
         raise UserError(
-            f"--cluster {cluster} says {file.nodes} nodes of {wanted.cpus} CPUs and {wanted.gpus} GPUs; nodes of the "
-            f"cluster: {there}: start what is missing, or name a profile that fits"
+            f"--cluster {cluster} says {file.nodes} nodes of {_described(wanted.cpus, wanted.gpus, kind)}; nodes of "
+            f"the cluster: {there}: start what is missing, or name a profile that fits"
         )
+
+
+def _gpu_type(node: Mapping[str, float]) -> str | None:
+    """What Ray calls a node's GPUs; it gives their type as a resource."""
+    return next((name.partition(":")[2] for name in node if name.startswith("accelerator_type:")), None)
+
+
+def _described(cpus: float, gpus: float, kind: str | None) -> str:
+    return f"{cpus:g} CPUs and {gpus:g} GPUs" + (f" ({kind})" if gpus and kind else "")

@@ -19,7 +19,7 @@ from datasets_prep.errors import UserError
 TOKEN = "secret"
 NODES = [
     {"state": "ALIVE", "resources_total": {"CPU": 2.0, "memory": 1e9}},
-    {"state": "ALIVE", "resources_total": {"CPU": 6.0, "GPU": 1.0}},
+    {"state": "ALIVE", "resources_total": {"CPU": 6.0, "GPU": 1.0, "accelerator_type:A100": 1.0}},
     {"state": "DEAD", "resources_total": {"CPU": 64.0, "GPU": 8.0}},
 ]
 
@@ -140,6 +140,19 @@ def test_local_is_what_this_machine_has():
     assert node == this_node() and node.cpus == len(os.sched_getaffinity(0)) and node.shm_gib <= node.memory_gib
 
 
+def test_a_cluster_that_has_what_its_profile_says_is_taken(dashboard, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    node = MINE["node"] | {"cpus": 6, "gpus": 1, "gpu": "a100-40gb"}
+    assert resolve(_written(tmp_path, jobs_address=dashboard, nodes=1, node=node)).gpus == 1
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_ray_calls_the_gpus_what_the_table_says(gpu):
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    assert NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(gpu.product) == gpu.ray_type
+
+
 def test_gpus_are_found_by_what_the_driver_reports(tmp_path):
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:01:00.0" / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:  \t\t 17\n")
@@ -164,14 +177,16 @@ def test_a_profile_without_address_takes_ray_s_own_variable(dashboard, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("nodes", "node"), [(3, {}), (2, {"cpus": 4}), (1, {"gpus": 2}), (1, {"gpus": 8, "gpu": "a100-80gb"})]
+    ("nodes", "node"), [(3, {}), (2, {"cpus": 4}), (1, {"gpus": 2}), (1, {"gpus": 1, "gpu": "h100"})]
 )
 def test_a_cluster_that_lacks_what_its_profile_says_is_told_what_there_is(
     dashboard, monkeypatch, tmp_path, nodes, node
 ):
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     file = _written(tmp_path, jobs_address=dashboard, nodes=nodes, node=MINE["node"] | node)
-    with pytest.raises(UserError, match="1 of 2 CPUs and 0 GPUs, 1 of 6 CPUs and 1 GPUs: start what is missing"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 CPUs and 0 GPUs, 1 of 6 CPUs and 1 GPUs \(A100\): start what is missing"
+    ):
         resolve(file)
 
 

@@ -35,17 +35,18 @@ def plan(recipe: str, overrides: tuple[str, ...], cluster: str, samples: int | N
     size. Bad input, and a step that does not fit the memory, end with exit code 2 and the nearest setting that fits.
     """
     from cluster import profiles
-    from jobs import forecast, recipes
+    from jobs import forecast, package, recipes
 
     file = profiles.read(cluster)
     config = recipes.load(recipe, overrides)
     made = _steps(config, samples)
     found = forecast.forecast(made, cluster, file)
+    packed = sum(map(package.size, package.collect().files.values()))
     if as_json:
-        emit({"recipe": config.name, **made.summary(), **found.summary(), **_links(file)})
+        emit({"recipe": config.name, **made.summary(), **found.summary(), "package_bytes": packed, **_links(file)})
         return
-    rows = [*made.rows(), *found.rows(), *((name, value or "not known") for name, value in _links(file).items())]
-    for name, value in rows:
+    rows = [*made.rows(), *found.rows(), ("package", f"{packed / 1024:.0f} KiB")]
+    for name, value in [*rows, *((name, value or "not known") for name, value in _links(file).items())]:
         click.echo(f"{name:<10} {value}")
 
 

@@ -116,7 +116,7 @@ class Outline:
         """As `Plan.rows`."""
         data = self.config.data
         return [
-            ("data", f"{data.uri} is not looked at"),
+            ("data", f"{data.uri} was not read"),
             ("training", f"{self.samples:,} samples, {self.origin}; shards are not known"),
             ("batch", f"{data.batch_size} over {self.config.parallel.workers} workers, {self.partitions} partitions"),
             ("steps", f"{self.steps:,} = {self.steps / self.steps_per_epoch:g} epochs of {self.steps_per_epoch}"),

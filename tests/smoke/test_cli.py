@@ -41,6 +41,7 @@ COMMANDS = [
     "submit",
     "jobs",
     "evaluate",
+    "plan",
     "register",
     "sync",
     "report",

@@ -28,13 +28,22 @@ class Versions:
 
 
 def token(env: Mapping[str, str]) -> str | None:
-    """Find Ray's token as Ray itself does: variable, named file, file in the home folder."""
+    """Find Ray's token as Ray itself does: variable, named file, file in the home folder.
+
+    Raises:
+        UserError: what is found there is no token; the message does not repeat it.
+    """
     if env.get("RAY_AUTH_MODE", "token") != "token":
         return None
-    if given := env.get("RAY_AUTH_TOKEN"):
-        return given
-    path = Path(env.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
+    found, where = env.get("RAY_AUTH_TOKEN"), "RAY_AUTH_TOKEN"
+    if not found:
+        path = Path(env.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        found, where = path.read_text(errors="replace").strip() if path.is_file() else None, str(path)
+    if found and not (found.isascii() and found.isprintable() and " " not in found):
+        raise UserError(
+            f"{where} holds no token, which is one word of ASCII: `ray get-auth-token` prints the right one"
+        )
+    return found
 
 
 def ca_file(env: Mapping[str, str]) -> str | None:

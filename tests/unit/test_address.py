@@ -84,6 +84,12 @@ def test_what_is_wrong_with_tls_is_named_with_the_cure(tls, port, tmp_path):
     assert f"no Ray cluster at https://localhost:{closed}" in failure(f"https://localhost:{closed}", trusted)
 
 
+def test_a_file_that_holds_no_token_is_named_and_not_repeated(port, tmp_path):
+    (tmp_path / "key.pem").write_text("-----BEGIN\nprivate-lines\n")
+    message = failure(f"http://127.0.0.1:{port}", {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "key.pem")})
+    assert "key.pem holds no token" in message and "private-lines" not in message
+
+
 def test_a_server_that_is_not_ray_is_named(port):
     with pytest.raises(UserError, match="answered 404: is this the address of Ray's dashboard"):
         address.ask(f"http://127.0.0.1:{port}", "/other", {})

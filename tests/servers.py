@@ -271,8 +271,8 @@ def tls_proxy(
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alter: Callable[[bytes], bytes]):
         nonlocal gone
         with suppress(OSError):
-            while (data := await reader.read(1 << 16)) and not gone:
-                gone = cut is not None and cut in data
+            while not gone and (data := await reader.read(1 << 16)):
+                gone = gone or cut is not None and cut in data
                 if not gone:
                     writer.write(alter(data))
                     await writer.drain()

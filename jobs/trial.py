@@ -80,7 +80,7 @@ class Trial(tune.Trainable):
     def _take(self, point: dict[str, Any], origin: Origin | None) -> None:
         config = sweep.trial_config(self._sweep, self._base, sweep.decoded(self._sweep, point))
         self._made = plan.make(config)
-        self._origin = origin
+        self._point, self._origin = point, origin
         self._run = run_name(self._sweep, self._made, origin)
         self._store = Store(self._given.storage).sub(self._run)
         self._told = 0
@@ -108,7 +108,7 @@ class Trial(tune.Trainable):
 
     def _report(self, row: dict[str, float], state: str, seen: str | None = None) -> dict[str, Any]:
         origin = vars(self._origin) if self._origin else None
-        return {**row, "run": self._run, "state": state, "why": seen or "", "origin": origin}
+        return {**row, "run": self._run, "state": state, "why": seen or "", "origin": origin, "point": self._point}
 
     def _nothing(self, rows: dict[int, Any]) -> dict[str, float]:
         """What a run reports that ended before its first probe: the worst there is."""

@@ -160,7 +160,7 @@ class Ledger(tune.Callback):
         number = trials.index(trial)
         if self.entries[number]["state"] in ENDED:
             return  # it reports again what it did under an earlier driver
-        point = sweep.decoded(self._settings, trial.config["trial"]["point"])
+        point = sweep.decoded(self._settings, result["point"])  # of a trial that is about to be replaced, the old one
         chosen = {name: result[name] for name in self._settings.metrics}
         kept = {name: result[name] for name in ("run", "state", "why", "origin", "step", "percent", "seconds")}
         monitored = {name: value for name, value in result.items() if name.startswith("monitor/")}

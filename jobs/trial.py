@@ -163,9 +163,13 @@ class Trial(tune.Trainable):
         return {"run": self._run, "step": int(step)}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from another run's newest checkpoint, or from the own one."""
-        if checkpoint is not None and checkpoint["run"] != self._run:
+        """Go on from another run's newest checkpoint, or from where the own run was paused."""
+        if checkpoint is None:
+            return
+        if checkpoint["run"] != self._run:
             self._take(self.config["trial"]["point"], Origin(checkpoint["run"], checkpoint["step"]))
+        else:
+            self._told = sum(probe["step"] <= checkpoint["step"] for probe in self._probes())
 
     def cleanup(self) -> None:
         """Stop the run with a checkpoint; called by Tune when it stops the trial."""

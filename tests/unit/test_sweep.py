@@ -238,3 +238,28 @@ def test_heat_maps_of_grids_have_a_cell_for_each_pair():
     points = [{"a": a, "b": b} for a in (1, 10) for b in ({"kind": "paper"}, {"kind": "guide"})]
     png = plots.heat_map(points, [1.0, 2.0, 3.0, 4.0], ["", "stopped", "", ""], ["a", "b"], "probe")
     assert Image.open(io.BytesIO(png)).size == (800, 600)
+
+
+def test_a_name_belongs_to_one_sweep(tmp_path, few_digits):
+    from jobs import plan, tune_submit
+    from service.data.store import Store
+
+    path, data = written(tmp_path), f"data.uri={few_digits}"
+
+    def loaded(*overrides):
+        settings, base = sweep.load(path, [data, *overrides])
+        return settings, plan.make(base)
+
+    run, (settings, made) = Store(tmp_path).sub("mine"), loaded()
+    tune_submit.check_same(run, tune_submit.identity(settings, made))  # nothing is there
+    run.put("state.json", b"{}")
+    with pytest.raises(UserError, match="is a run: give the sweep another name, such as name=mine-2"):
+        tune_submit.check_same(run, tune_submit.identity(settings, made))
+    tune_submit.keep(run, settings, made.config, tune_submit.identity(settings, made))
+    assert tune_submit.unpacked(run.get("sweep.json")) == (settings, made.config)
+    for same in ((), ("concurrency=1",), ("data.workers=1",)):
+        tune_submit.check_same(run, tune_submit.identity(*loaded(*same)))
+    with pytest.raises(UserError, match=r"base.optim.lr was 0.01, is 0.5; set them back, or .* name=mine-2"):
+        tune_submit.check_same(run, tune_submit.identity(*loaded("optim.lr=0.5")))
+    with pytest.raises(UserError, match="sweep.trials was 6, is 5"):
+        tune_submit.check_same(run, tune_submit.identity(*loaded("trials=5")))

@@ -68,7 +68,7 @@ def run(sweep: str, overrides: tuple[str, ...], cluster: str, dry_run: bool, fol
         if code:
             sys.exit(code)
     if done.state == "finished" or done.job and follow:
-        _show(profile.storage_uri, settings.name, Path(settings.name), as_json)
+        _show(profile.storage_uri, settings.name, None, as_json)
 
 
 @tune.command(
@@ -91,11 +91,11 @@ def report(name: str, cluster: str, out: Path | None, as_json: bool) -> None:
     _show(profile.storage_uri, name, out or Path(name), as_json)
 
 
-def _show(storage: str, name: str, out: Path, as_json: bool) -> None:
+def _show(storage: str, name: str, out: Path | None, as_json: bool) -> None:
     from jobs import sensitivity
 
     settings, entries, result = sensitivity.read(storage, name)
-    written = sensitivity.write(settings, entries, result, out)
+    written = sensitivity.write(settings, entries, result, out) if out else []
     if as_json:
         emit({**result, "trials": entries, "written": written})
         return

@@ -17,7 +17,7 @@ COLLAPSES, HEALTHY = (
     {"family.loss.std": 0.0, "family.loss.cov": 100.0},
     {"family.loss.std": 1.0, "family.loss.cov": 3.0},
 )
-SMALL = [*TINY, "schedule.epochs=40", "schedule.warmup_epochs=1", "eval.every=5 epochs", "monitor.every=5 steps"]
+SMALL = [*TINY, "schedule.epochs=120", "schedule.warmup_epochs=1", "eval.every=15 epochs", "monitor.every=5 steps"]
 GRID = [
     "space.family.loss.std={kind: choice, values: [0.0, 1.0]}",
     "space.family.loss.cov={kind: choice, values: [3.0, 100.0]}",
@@ -89,7 +89,7 @@ def driver(name):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_digits):
-    command = ["tune", "demo", "name=killed", f"data.uri={few_digits}", *SMALL, *GRID, "schedule.epochs=80"]
+    command = ["tune", "demo", "name=killed", f"data.uri={few_digits}", *SMALL, *GRID]
     job = json.loads(tessera(*command, "--no-follow", "--json"))["job"]
 
     def over():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _PART_BYTES = 16 << 20  # S3 allows 10,000 parts: objects up to 156 GiB
 _CHUNK_BYTES = 4 << 20
 _SILENCE_SECONDS = 30.0
+_PAUSE_SECONDS = 0.5  # before what obstore does not repeat is repeated
 _STAGED = re.compile(r"#\d+$")  # of a file that is being written: obstore does not list such names
 
 
@@ -147,11 +149,16 @@ class Store:
         """Return bytes and time of writing, in seconds since 1970, of all objects in the folder `prefix` and below."""
         if self._is_absent:
             return {}
-        with self._faults(prefix):
-            listed = obstore.list(self._backend, prefix or None)
-            return {
-                meta["path"]: (meta["size"], meta["last_modified"].timestamp()) for batch in listed for meta in batch
-            }
+        end = time.monotonic() + self.deadline
+        while True:
+            try:
+                with self._faults(prefix):
+                    listed = [meta for batch in obstore.list(self._backend, prefix or None) for meta in batch]
+                return {meta["path"]: (meta["size"], meta["last_modified"].timestamp()) for meta in listed}
+            except StoreUnavailable:  # of a list whose body breaks off obstore makes a failure
+                if self.local_path is not None or time.monotonic() + _PAUSE_SECONDS > end:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
 
     def delete(self, name: str) -> None:
         """Remove an object; it is no error when there is none."""

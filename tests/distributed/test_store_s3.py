@@ -158,6 +158,15 @@ def test_busy_replies_and_cut_bodies_are_overcome(uri, s3, monkeypatch):
     assert next(faults, None) is None
 
 
+def test_a_list_that_breaks_off_is_asked_for_again(uri, s3, monkeypatch):
+    Store(uri).put("a/b", b"c")
+    faults = iter([200, 503, 200])
+    with faulty_proxy(s3, lambda method, path: next(faults, None)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert Store(uri).list("a") == ["a/b"]
+    assert next(faults, None) is None
+
+
 def test_the_deadline_ends_endless_busy_replies(uri, s3, monkeypatch):
     with faulty_proxy(s3, lambda method, path: 503) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

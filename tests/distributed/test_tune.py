@@ -12,7 +12,7 @@ from service.tracking import stored_metrics
 from tests.configs import TINY
 from tests.distributed.test_submit import wait_for_end, wait_until
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 COLLAPSES, HEALTHY = (
     {"family.loss.std": 0.0, "family.loss.cov": 100.0},
     {"family.loss.std": 1.0, "family.loss.cov": 3.0},

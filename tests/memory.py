@@ -5,8 +5,10 @@ import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +27,18 @@ class Measured(NamedTuple):
     checkpoint: int
 
 
+class _Unsent(DistributedDataParallel):
+    """DDP that sends no weights at first: gloo's thread holds them until it has something else to do."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, init_sync=False, **options)
+
+
 def measure(config):
     """Build a trainer and take three steps on blank images: the second is steady, the third is counted for FLOPs."""
     gc.collect()  # what is freed in between would count against it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    unsent = patch("service.engine.parallel.DistributedDataParallel", _Unsent)
+    with unsent, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         worker = start_worker(config.compute)
         trainer = Trainer(config, worker, place(build_family(config), worker, config.compute, config.parallel),
                           Length(1, 1, 0))  # fmt: skip

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -280,26 +280,28 @@ def _staged(folder: Path) -> Iterator[Unfinished]:
 
 def _uploads(uri: str) -> Iterator[Unfinished]:
     """Multipart uploads that were never finished: nobody sees them, but their parts are kept and paid for."""
-    import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, path = urlsplit(f"{uri}/")[1:3]
     prefix = path.lstrip("/")
     with suppress(BotoCoreError, ClientError):  # a writer may lack the right to list them
-        for page in boto3.client("s3").get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+        for page in _s3().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for each in page.get("Uploads", []):
                 yield Unfinished(each["Key"].removeprefix(prefix), each["Initiated"].timestamp(), 0, each["UploadId"])
 
 
 def _abort_upload(uri: str, each: Unfinished) -> None:
-    import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, path = urlsplit(f"{uri}/")[1:3]
     with suppress(BotoCoreError, ClientError):  # as of others, its end is not worth an error
-        boto3.client("s3").abort_multipart_upload(
-            Bucket=bucket, Key=f"{path.lstrip('/')}{each.name}", UploadId=each.upload
-        )
+        _s3().abort_multipart_upload(Bucket=bucket, Key=f"{path.lstrip('/')}{each.name}", UploadId=each.upload)
+
+
+def _s3() -> Any:
+    import boto3
+
+    return boto3.Session().client("s3")  # a default session would keep the first keys that it saw
 
 
 def _canonical(uri: str) -> str:

@@ -268,7 +268,7 @@ def test_gc_removes_what_dead_runs_left_and_nothing_else(stack, client):
         root.put(f"{name}/lease/000001.json", json.dumps(vars(Holder("elsewhere", 1, 0.0, None))).encode())
         root.put(f"{name}/lease/000001.beat", str(beat).encode())
         root.put(f"{name}/checkpoints/step-00000010-lease-000001/data", b"torn")
-        boto3.client("s3").create_multipart_upload(Bucket="runs", Key=f"{name}/checkpoints/cut")
+        boto3.Session().client("s3").create_multipart_upload(Bucket="runs", Key=f"{name}/checkpoints/cut")
     api = mlflow.MlflowClient(stack.mlflow_uri, stack.mlflow_uri)
     dead = api.create_run("0", tags={"storage": root.sub("dead").uri, "run": "dead"}, run_name="dead")
     code, logs = submit(stack, f"python -c '{ABANDON}'")

@@ -30,6 +30,7 @@ class Stage:
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     user: str = "0"
     folder: str = "/"
+    entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
 
     def run(self, *command: str) -> str:
@@ -124,6 +125,9 @@ class _Build:
 
     def SHELL(self, rest: str) -> None:
         self.stage.shell = json.loads(rest)
+
+    def ENTRYPOINT(self, rest: str) -> None:
+        self.stage.entrypoint = json.loads(rest)
 
     def CMD(self, rest: str) -> None:
         self.stage.command = json.loads(rest)

@@ -16,6 +16,36 @@ import importlib.metadata as metadata
 for each in metadata.distributions():
     print(each.name.lower().replace("_", "-").replace(".", "-") + "==" + each.version)
 """
+SERVE = """
+import json, os, signal, subprocess, sys, time, urllib.error, urllib.request
+from pathlib import Path
+import mlflow
+from service import export
+from jobs import recipes
+from service.data.store import Store
+from service.models.encoder import build_encoder
+
+config = recipes.load("demo")
+encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
+export.write_encoder(Store("/tmp/encoder"), encoder, config)
+mlflow.pyfunc.save_model("/tmp/model", loader_module="service.export", data_path="/tmp/encoder", pip_requirements=[])
+server = subprocess.Popen([*sys.argv[1:], "/tmp/model"], start_new_session=True)
+try:
+    while True:
+        try:
+            urllib.request.urlopen("http://127.0.0.1:8080/ping")
+            break
+        except urllib.error.URLError:
+            assert server.poll() is None
+            time.sleep(0.5)
+    body = json.dumps({"inputs": [[[[7, 7, 7]] * 32] * 32] * 2}).encode()
+    asked = urllib.request.Request("http://127.0.0.1:8080/invocations", body, {"Content-Type": "application/json"})
+    features = json.load(urllib.request.urlopen(asked))["predictions"]
+    print(len(features), len(features[0]) == encoder.dim)
+finally:
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait()
+"""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -54,3 +84,10 @@ def test_mlflow_has_its_database_driver(base, tmp_path):
     stage = _built("tracking", base, tmp_path)
     assert "Usage: mlflow server" in stage.run("mlflow", "server", "--help")
     stage.run("python", "-c", "import psycopg2, boto3")
+
+
+def test_an_encoder_answers_over_http(base, tmp_path):
+    stage = _built("serve", base, tmp_path)
+    assert stage.run("python", "-c", SERVE, *stage.entrypoint).splitlines()[-1] == "2 True"
+    installed = {line.split("==")[0] for line in stage.run("python", "-c", LIST).split()}
+    assert not installed & {"ray", "pytest", "ruff", "pyright", "uv"}

@@ -28,7 +28,7 @@ def _provisioned(what: str) -> dict:
     return yaml.safe_load((DOCKER / "grafana" / "provisioning" / what / "tessera.yaml").read_text())
 
 
-@pytest.mark.parametrize("name", ["train", "tracking"])
+@pytest.mark.parametrize("name", ["train", "serve", "tracking"])
 def test_a_dockerfile_is_clean_pinned_and_without_root(name):
     path = DOCKER / f"{name}.Dockerfile"
     hadolint = Path(sys.executable).parent / "hadolint"
@@ -40,7 +40,7 @@ def test_a_dockerfile_is_clean_pinned_and_without_root(name):
     assert [rest for word, rest in steps if word == "USER"] == ["1000"]
 
 
-@pytest.mark.parametrize("name", ["train", "tracking"])
+@pytest.mark.parametrize("name", ["train", "serve", "tracking"])
 def test_what_a_dockerfile_copies_is_there_and_not_ignored(name):
     ignore = (DOCKER / f"{name}.Dockerfile.dockerignore").read_text().split()
     assert ignore[0] == "*"

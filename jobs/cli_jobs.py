@@ -194,12 +194,11 @@ def logs(run: str, cluster: str, follow: bool) -> None:
 
     profile = open_cluster(cluster)
     with submitting.job_client(profile) as client:
-        job = submitting.find_job(client, run)
-        assert job.submission_id is not None
+        name, job = submitting.find_job(client, run)
         if not follow:
-            click.echo(client.get_job_logs(job.submission_id), nl=False)
+            click.echo(client.get_job_logs(job), nl=False)
             return
-    sys.exit(_follow(profile, (job.metadata or {})["run"], job.submission_id, as_json=False))
+    sys.exit(_follow(profile, name, job, as_json=False))
 
 
 @jobs.command(epilog="\b\nExamples:\n  tessera jobs attach demo-1a2b3c4d5e\n\nCtrl-C detaches; the job goes on.")
@@ -212,14 +211,9 @@ def attach(run: str, cluster: str, as_json: bool) -> None:
 
     profile = open_cluster(cluster)
     with submitting.job_client(profile) as client:
-        job = submitting.find_job(client, run)
-        assert job.submission_id is not None
-        if job.status not in submitting.ALIVE:
-            raise UserError(
-                f"job {job.submission_id} has ended already ({job.status.value}): `tessera jobs logs {run}` shows its "
-                f"log, `tessera jobs retry {run}` goes on with the run"
-            )
-    sys.exit(_follow(profile, (job.metadata or {})["run"], job.submission_id, as_json))
+        cure = f"`tessera jobs logs {run}` shows its log, `tessera jobs retry {run}` goes on with the run"
+        name, job = submitting.find_job(client, run, cure)
+    sys.exit(_follow(profile, name, job, as_json))
 
 
 @jobs.command()
@@ -229,22 +223,22 @@ def attach(run: str, cluster: str, as_json: bool) -> None:
 def stop(run: str, cluster: str, as_json: bool) -> None:
     """Stop RUN's job after a checkpoint; `tessera jobs retry RUN`, or the same `submit`, goes on from it."""
     from jobs import submit as submitting
+    from jobs.tune_submit import TRIALS
     from service.data.store import Store
 
     profile = open_cluster(cluster)
     with submitting.job_client(profile) as client:
-        job = submitting.find_job(client, run)
-        assert job.submission_id is not None
-        if job.status not in submitting.ALIVE:
-            raise UserError(f"job {job.submission_id} has ended already ({job.status.value}): nothing to stop")
-        submitting.stop(client, job.submission_id)
-    name = (job.metadata or {})["run"]
-    step = submitting.newest_step(Store(profile.storage_uri).sub(name))
+        name, job = submitting.find_job(client, run, "nothing to stop")
+        submitting.stop(client, job)
+    kept = Store(profile.storage_uri).sub(name)
+    step = submitting.newest_step(kept)
     if as_json:
-        emit({"run": name, "job": job.submission_id, "step": step})
+        emit({"run": name, "job": job, "step": step})
         return
     at = "before its first checkpoint" if step is None else f"with a checkpoint of step {step:,}"
-    click.echo(f"stopped {job.submission_id} {at}; `tessera jobs retry {name}` goes on")
+    if kept.exists(TRIALS):
+        at = "and the runs of its trials, each with a checkpoint of its own"
+    click.echo(f"stopped {job} {at}; `tessera jobs retry {name}` goes on")
 
 
 @jobs.command(

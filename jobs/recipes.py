@@ -89,15 +89,20 @@ def _read(recipe: str) -> tuple[Tree, str]:
         path = RECIPES / f"{recipe}.yaml"
         if not path.exists():
             raise UserError(f"unknown recipe {recipe!r}{_nearest(recipe, names())}; there are: {', '.join(names())}")
+    return read_yaml(path, "recipe", "a mapping of settings"), path.stem
+
+
+def read_yaml(path: Path, what: str, content: str) -> Tree:
+    """Read a file of settings, or say what is wrong with it."""
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"there is no recipe file {path}") from None
+        raise UserError(f"there is no {what} file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe file {path} is not valid YAML: {error}") from None
+        raise UserError(f"{what} file {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"recipe file {path} must hold a mapping of settings")
-    return cast(Tree, tree), path.stem
+        raise UserError(f"{what} file {path} must hold {content}")
+    return cast(Tree, tree)
 
 
 def _parse(text: str) -> Any:

@@ -343,14 +343,23 @@ def jobs_of(client: JobSubmissionClient, run: str | None = None) -> list[JobDeta
     return sorted(jobs, key=lambda job: job.start_time or 0)
 
 
-def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
-    """Newest job of a run, or the job of that id."""
+def find_job(client: JobSubmissionClient, name: str, ended: str | None = None) -> tuple[str, str]:
+    """Name of a run and of its newest job, or of the job of that id.
+
+    Args:
+        client: of the cluster.
+        name: of a run, or id of a job.
+        ended: what to say to who asks for a job that is over; None finds such a job too.
+    """
     jobs = jobs_of(client)
     found = [job for job in jobs if name in (job.submission_id, (job.metadata or {}).get("run"))]
     if not found:
         known = ", ".join(sorted({(job.metadata or {})["run"] for job in jobs})) or "none"
         raise UserError(f"no job or run {name!r} on this cluster; runs with jobs: {known}")
-    return found[-1]
+    job = found[-1]
+    if ended is not None and job.status not in ALIVE:
+        raise UserError(f"job {job.submission_id} has ended already ({job.status.value}): {ended}")
+    return (job.metadata or {})["run"], job.submission_id or ""
 
 
 def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> int:

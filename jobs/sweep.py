@@ -253,15 +253,8 @@ def _read(name: str) -> dict[str, Any]:
         path = SWEEPS / f"{name}.yaml"
         if not path.exists():
             raise UserError(f"unknown sweep {name!r}: there are {', '.join(names())}, or give a YAML file")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no sweep file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep file {path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"sweep file {path} must hold a mapping, with recipe and space at least")
-    return {"name": path.stem, **tree}
+    content = "a mapping, with recipe and space at least"
+    return {"name": path.stem, **recipes.read_yaml(path, "sweep", content)}
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -40,13 +40,28 @@ def main(arguments: list[str]) -> int:
     if not words:
         print("usage: python -m jobs.train [--plain] RECIPE [key=value …]", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGUSR1, _as_sigterm)
-    try:
+
+    def work() -> str:
         made = plan.make(recipes.load(words[0], words[1:]))
-        result = drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"), fit_here if plain else fit_on_ray)
+        how = fit_here if plain else fit_on_ray
+        return summary_line(drive(made, storage_root(), os.environ.get("MLFLOW_TRACKING_URI"), how))
+
+    return exit_code(work, "resumes the run")
+
+
+def exit_code(work: Callable[[], str], again: str) -> int:
+    """Do a driver's work, print what it returns, and give the job's exit code: 0 done, 1 failed, 2 bad input.
+
+    Args:
+        work: of the driver; SIGTERM leaves it by an exception, so that a stopped job still ends its MLflow run.
+        again: what the same command does after a failure.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
+    try:
+        print(work())
     except (StoreUnavailable, tracking.TrackingAway) as error:
-        print(f"failed: {error}; the same command resumes the run", file=sys.stderr)
+        print(f"failed: {error}; the same command {again}", file=sys.stderr)
         return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,13 +72,7 @@ def main(arguments: list[str]) -> int:
     except WorkersFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return 2 if error.user else 1
-    print(summary_line(result))
     return 0
-
-
-def _stop(signum: int, frame: object) -> None:
-    """Leave by an exception, so that a stopped job still ends its MLflow run."""
-    sys.exit(143)
 
 
 def _as_sigterm(signum: int, frame: object) -> None:

@@ -29,13 +29,13 @@ from datasets_prep.errors import UserError
 from jobs import package, plan, sensitivity, sweep
 from jobs.plan import check_resources
 from jobs.supervise import GRACE_SECONDS, free_placement_groups
-from jobs.train import RESULT, end_tracking, open_tracking, outcome, storage_root, take_lease
+from jobs.train import RESULT, end_tracking, exit_code, open_tracking, outcome, storage_root, take_lease
 from jobs.trial import Given, Trial
 from jobs.tune_submit import TRIALS, check_same, identity, keep, unpacked
 from service import tracking
 from service.config import RunConfig
-from service.data.store import Store, StoreUnavailable
-from service.engine.lease import LeaseLost, ask_to_stop, check_lease, living_holder, newest_epoch
+from service.data.store import Store
+from service.engine.lease import ask_to_stop, check_lease, living_holder, newest_epoch
 
 ENDED = ("finished", "collapsed", "stopped")
 _ENVIRONMENT = {
@@ -65,21 +65,13 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("usage: python -m jobs.tune SWEEP [key=value …]", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
-    try:
+
+    def work() -> str:
         settings, base = read(arguments[0], arguments[1:])
         result = drive(settings, plan.make(base), storage_root(), os.environ.get("MLFLOW_TRACKING_URI"))
-    except (StoreUnavailable, tracking.TrackingAway) as error:
-        print(f"failed: {error}; the same command goes on", file=sys.stderr)
-        return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except LeaseLost as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    print(sensitivity.summary_line(result))
-    return 0
+        return sensitivity.summary_line(result)
+
+    return exit_code(work, "goes on")
 
 
 def read(name: str, overrides: list[str]) -> tuple[sweep.Sweep, RunConfig]:

@@ -24,6 +24,7 @@ from jobs import doctor as checks
 from jobs import leftovers
 from service.data.store import Store
 from service.engine.lease import Holder
+from tests.distributed.test_submit import ABANDON
 
 pytestmark = pytest.mark.distributed
 
@@ -240,22 +241,6 @@ def test_the_doctor_names_a_second_ray(client, tmp_path):
         second.wait()
     assert found.state == "fail" and f"other (processes {second.pid})" in found.found
     assert host_findings(client())["one Ray"].state == "ok"
-
-
-ABANDON = """
-import ray
-ray.init(logging_level="ERROR")
-
-@ray.remote(num_cpus=0)
-class Holder:
-    def hold(self):
-        group = ray.util.placement_group([{"CPU": 1}])
-        ray.get(group.ready())
-        return group.id.hex()
-
-holder = Holder.options(lifetime="detached", name="holder", namespace="doctor").remote()
-print(ray.get(holder.hold.remote()), flush=True)
-"""
 
 
 def test_gc_removes_what_dead_runs_left_and_nothing_else(stack, client):

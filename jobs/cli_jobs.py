@@ -49,7 +49,7 @@ def submit(
     as_json: bool,
 ) -> None:
     """Train RECIPE on a cluster: start the run, resume it, follow it or show its result."""
-    from jobs import plan, recipes
+    from jobs import forecast, plan, recipes
 
     if resume is None and allowed or resume is not None and new:
         raise UserError("--allow-change goes with --resume RUN, and --new does not: add the one or drop the other")
@@ -64,8 +64,12 @@ def submit(
     from jobs import submit as submitting
 
     submitting.prepare(made, profile)
+    found = forecast.at(made, profile)
+    if not as_json:
+        for name, value in [] if found is None else found.rows():
+            click.echo(f"{name:<10} {value}")
     done = submitting.submit(made, profile, dry_run=dry_run, new=new, resume=resume)
-    _finish(done, profile, made.summary(), follow, as_json)
+    _finish(done, profile, made.summary() | ({} if found is None else found.summary()), follow, as_json)
 
 
 def _finish(done: Submission, profile: Profile, plan: dict[str, Any], follow: bool, as_json: bool) -> None:

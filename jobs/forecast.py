@@ -6,16 +6,23 @@ trace knows how much is computed and not how fast: see `UTILISATION`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.hardware import GPUS
-from cluster.profiles import ProfileFile
+from cluster.profiles import Profile, ProfileFile
 from datasets_prep.errors import UserError
+from jobs.package import code_hash
 from jobs.plan import Outline, Plan, check_resources
 from service.config import RunConfig, ViT
+from service.data.cache import cache_root
 
 if TYPE_CHECKING:
     from service.engine.footprint import Footprint
@@ -25,6 +32,7 @@ UTILISATION = {"vit": (0.20, 0.45), "resnet": (0.08, 0.30)}
 # 10¹² operations a second that a CPU core sustains, lowest and highest: without and with matrix units.
 CORE_TFLOPS = {"bf16": (0.02, 0.35), "fp16": (0.002, 0.35), "fp32": (0.02, 0.12), "fp64": (0.01, 0.06)}
 _GIB = 2**30
+_UNTRACED = ("name", "repeat", "init_from", "checkpoint", "tracking", "monitor", "guard")
 _PROCESS_GIB = 1.0  # of a worker besides tensors: on a GPU, CUDA's context, kernels and workspaces
 _PEERS_GIB = 1.0  # of a GPU's worker that has others: NCCL's channels
 _FRAGMENTS = 1.05  # what CUDA's caching allocator reserves for each byte that is in use
@@ -201,6 +209,17 @@ def forecast(made: Plan | Outline, cluster: str, file: ProfileFile) -> Forecast:
     )
 
 
+def at(made: Plan, profile: Profile) -> Forecast | None:
+    """As `forecast`, on a cluster that answers; None for one of which only the address is known."""
+    file = profile.file
+    if file is None:
+        return None
+    if file.nodes == 1:  # what Ray was given of this machine may be another number than it has
+        found = {"cpus": int(profile.cpus), "gpus": int(profile.gpus)}
+        file = file.model_copy(update={"node": file.node.model_copy(update=found)})
+    return forecast(made, profile.name, file)
+
+
 def _placed(config: RunConfig, cluster: str, file: ProfileFile) -> tuple[bool, int, int]:
     """Whether workers take GPUs, how many start, and how many nodes they fill."""
     node, parallel = file.node, config.parallel
@@ -231,12 +250,31 @@ def _shareable(config: RunConfig, workers: int) -> bool:
 def _traced(
     config: RunConfig, made: Plan | Outline, cluster: str, file: ProfileFile, world: int, nodes: int, on_gpu: bool
 ) -> Forecast:
-    from service.engine.footprint import footprint  # torch takes seconds to import
-
     hosts = nodes if world % nodes == 0 else 1
-    found = footprint(config, world=world, hosts=hosts, device="cuda" if on_gpu else "cpu")
+    found = _footprint(config, world, hosts, "cuda" if on_gpu else "cpu")
     data = made.resident_bytes if on_gpu else 0
     return Forecast(config, cluster, file, world, nodes, on_gpu, found, data, made.steps)
+
+
+def _footprint(config: RunConfig, world: int, hosts: int, device: Literal["cpu", "cuda"]) -> Footprint:
+    """Trace a step, or take what an earlier trace of the same by the same code has found."""
+    from service.engine.footprint import Footprint, footprint  # torch takes seconds to import
+
+    tree = config.plain()
+    for name in _UNTRACED:
+        del tree[name]
+    del tree["data"]["uri"]
+    asked = json.dumps([tree, world, hosts, device, version("torch"), code_hash()], sort_keys=True)
+    kept = cache_root() / "footprints" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Footprint(**json.loads(kept.read_text()))
+    found = footprint(config, world=world, hosts=hosts, device=device)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(asdict(found)))
+        unfinished.rename(kept)
+    return found
 
 
 def _alternatives(base: Forecast, made: Plan | Outline) -> Iterator[tuple[dict[str, Any], Forecast]]:

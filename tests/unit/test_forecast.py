@@ -5,11 +5,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cluster.profiles import ProfileFile, read
+from cluster.profiles import Profile, ProfileFile, read
 from datasets_prep.errors import UserError
 from jobs import recipes
 from jobs.cli import cli
-from jobs.forecast import Forecast, forecast
+from jobs.forecast import Forecast, at, forecast
 from jobs.plan import outline
 from service.engine.footprint import KINDS, Footprint
 from tests.families import GROUP, family_config
@@ -90,3 +90,25 @@ def test_the_command_prints_a_line_for_programs_and_names_profiles():
     assert row["memory_gib"] == 64 and row["nodes"] == 1 and row["package_bytes"] > 100_000
     unknown = CliRunner().invoke(cli, [*arguments, "--cluster", "a100x9"])
     assert "unknown profile" in str(unknown.exception) and "a100x8" in str(unknown.exception)
+
+
+def test_a_step_is_traced_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
+    settings = ["family.encoder.depth=8", "compute.device=cpu"]
+    first = forecast(outline(family_config("image_vicreg", *settings), 1000), "small", cpu_cluster(64))
+    [kept] = (tmp_path / "footprints").iterdir()
+    kept.write_text(kept.read_text().replace(f'"flops": {first.footprint.flops}', '"flops": 7.0'))
+    longer = family_config("image_vicreg", *settings, "name=other", "checkpoint.keep_last=5")
+    assert forecast(outline(longer, 1000), "small", cpu_cluster(64)).footprint.flops == 7.0
+    forecast(outline(family_config("image_vicreg", *settings, "data.batch_size=32"), 1000), "small", cpu_cluster(64))
+    assert len(list((tmp_path / "footprints").iterdir())) == 2
+
+
+def test_a_live_machine_has_the_cpus_that_ray_was_given():
+    machine = {"name": "local", "jobs_address": "x", "tracking_uri": "x", "storage_uri": "x", "env": {}, "gpus": 0}
+    plan = outline(
+        family_config("image_vicreg", "parallel.workers=64", "data.batch_size=128", "data.partitions=64"), 10_000
+    )
+    found = at(plan, Profile(**machine, cpus=64, file=cpu_cluster(64 * 3)))
+    assert found.world == 64 and found.room_gib == pytest.approx(3)
+    assert at(plan, Profile(**machine, cpus=64, file=None)) is None

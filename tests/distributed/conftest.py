@@ -39,7 +39,7 @@ def tessera(stack):
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
         return done.stdout if code == 0 else done.stderr
 
     return call

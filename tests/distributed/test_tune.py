@@ -109,7 +109,8 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_dig
     ended = {trial["run"]: trial["percent"] for trial in before if trial["state"] != "training"}
     assert all(trial["percent"] == ended[trial["run"]] for trial in trials if trial["run"] in ended)
     assert result["best"]["state"] == "finished" and job == "killed-01"
-    assert "-02" in tessera("jobs", "list")
+    listed = json.loads(tessera("jobs", "list", "--json"))["jobs"]
+    assert next(each["job"] for each in listed if each["run"] == "killed") == "killed-02"
 
 
 @pytest.mark.slow

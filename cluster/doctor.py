@@ -327,9 +327,9 @@ def judge_all_reduce(result: Mapping[str, Any], gbit_per_second: float | None = 
     name = "all-reduce"
     if reason := result.get("skipped"):
         return Finding(name, "skipped", reason)
-    firewall = "open all ports between the nodes, and name their interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+    cure = "open all ports between nodes, name their link in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, measure it"
     if error := result.get("error"):
-        return Finding(name, "fail", f"{result['ranks']} ranks by {result['backend']}: {error}", firewall)
+        return Finding(name, "fail", f"{result['ranks']} ranks by {result['backend']}: {error}", cure)
     if not result["right"]:
         return Finding(name, "fail", f"{result['backend']} gives a wrong sum", "try NCCL_P2P_DISABLE=1; look for Xids")
     speed = bus_bandwidth(result["ranks"], result["bytes"], result["seconds"])

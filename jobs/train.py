@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 def main(arguments: list[str]) -> int:
     """Run the driver and return the job's exit code: 0 done, 1 failed, 2 bad input."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     plain, words = "--plain" in arguments, [word for word in arguments if word != "--plain"]
     if not words:
         print("usage: python -m jobs.train [--plain] RECIPE [key=value …]", file=sys.stderr)
@@ -57,6 +56,8 @@ def exit_code(work: Callable[[], str], again: str) -> int:
         work: of the driver; SIGTERM leaves it by an exception, so that a stopped job still ends its MLflow run.
         again: what the same command does after a failure.
     """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it has found each key
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
     try:
         print(work())

@@ -61,7 +61,6 @@ _DOMAINS: Mapping[str, Callable[[Any], Any]] = {
 
 def main(arguments: list[str]) -> int:
     """Run the driver and return the job's exit code: 0 done, 1 failed, 2 bad input."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not arguments:
         print("usage: python -m jobs.tune SWEEP [key=value …]", file=sys.stderr)
         return 2

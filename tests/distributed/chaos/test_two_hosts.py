@@ -3,6 +3,7 @@
 The table of all faults is `make chaos`.
 """
 
+import json
 import re
 import signal
 import subprocess
@@ -93,6 +94,16 @@ def test_a_submitted_job_trains_on_both_hosts_and_is_left_stopped_and_resumed(ho
     assert f"resumed from the checkpoint of step {stopped}" in ended("jobs", "retry", run, *there)
     assert f"{run}  finished" in ended(*submit)
     assert sorted(harness.losses_of(Store(hosts.env["TESSERA_STORAGE"]).sub(run))) == list(range(1, 601))
+
+
+def test_the_doctor_tries_both_hosts_and_the_link_between_them(hosts, tessera):
+    process = tessera("doctor", "--cluster", hosts.dashboard, "--json")
+    output, _ = process.communicate(timeout=120)
+    found = {row["name"]: row for row in json.loads(output.splitlines()[-1])["checks"]}
+    assert found["nodes"]["found"].startswith("2 run tasks")
+    reached = ("same versions", "one Ray a node", "clocks of nodes", "storage from nodes", "MLflow from nodes")
+    assert {name: found[name]["state"] for name in reached if found[name]["state"] in ("fail", "skipped")} == {}
+    assert "2 ranks on 2 nodes by gloo" in found["all-reduce"]["found"], output
 
 
 def until(lines, beginning):

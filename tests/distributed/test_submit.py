@@ -149,7 +149,7 @@ def wait_until(condition, seconds=120):
 
 def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     """The job is stopped, then its driver gets SIGKILL; what that changes of the losses, the chaos suite tells."""
-    settings = [*SMALL, "schedule.steps=400", "checkpoint.every=10 steps", "compute.deterministic=true"]
+    settings = [*SMALL, "schedule.steps=240", "checkpoint.every=10 steps", "compute.deterministic=true"]
     command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
     started = json.loads(tessera(*command, "--no-follow", "--json"))
     store = runs(stack, started["run"])
@@ -161,7 +161,7 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     assert stopped == max(losses_of(store)), "the last step before the stop is in a checkpoint"
     assert mlflow_status(stack, store) == "KILLED"
     [listed] = [job for job in json.loads(tessera("jobs", "list", "--json"))["jobs"] if job["run"] == started["run"]]
-    assert (listed["state"], listed["step"], listed["steps"]) == ("STOPPED", stopped, 400)
+    assert (listed["state"], listed["step"], listed["steps"]) == ("STOPPED", stopped, 240)
     again = json.loads(tessera(*command, "--no-follow", "--json"))
     wait_until(lambda: newest_step(store) >= stopped + 20)
     os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
@@ -173,9 +173,9 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     assert (retried["run"], retried["state"], retried["package"]) == (started["run"], "resumed", started["package"])
     resumed = json.loads(tessera("jobs", "attach", started["run"], "--json").splitlines()[-1])
     assert resumed["run"] == started["run"]
-    assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 400
+    assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 240
     taken = losses_of(store)
-    assert set(taken) == set(range(1, 401))
+    assert set(taken) == set(range(1, 241))
     assert all(len(values) == 1 for values in taken.values())  # of steps taken twice too
     assert len(leases(store)) == 3
 
@@ -197,7 +197,7 @@ def mlflow_status(stack, store):
 
 
 def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
-    settings = [*SMALL, "schedule.steps=500", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
+    settings = [*SMALL, "schedule.steps=240", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
     started = json.loads(tessera("submit", "demo", *settings, "--no-follow", "--json"))
     store = runs(stack, started["run"])
     wait_until(lambda: store.exists("lease/000001.json"))
@@ -216,11 +216,11 @@ def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
         out, _ = second.communicate(timeout=200)
     finally:
         second.kill()
-    assert second.returncode == 0 and "finished 500 steps" in out
+    assert second.returncode == 0 and "finished 240 steps" in out
     assert leases(store) == ["lease/000001.json", "lease/000002.json"]
     result = json.loads(store.get("result.json"))
     assert result["resumed_from"] >= 20 and result["model_uri"].startswith("models:/demo/")
-    assert all(len(values) == 1 for values in losses_of(store).values()) and set(losses_of(store)) == set(range(1, 501))
+    assert all(len(values) == 1 for values in losses_of(store).values()) and set(losses_of(store)) == set(range(1, 241))
 
 
 ABANDON = """

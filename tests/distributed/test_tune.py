@@ -17,7 +17,7 @@ COLLAPSES, HEALTHY = (
     {"family.loss.std": 0.0, "family.loss.cov": 100.0},
     {"family.loss.std": 1.0, "family.loss.cov": 3.0},
 )
-SMALL = [*TINY, "schedule.epochs=120", "schedule.warmup_epochs=1", "eval.every=15 epochs", "monitor.every=5 steps"]
+SMALL = [*TINY, "schedule.epochs=48", "schedule.warmup_epochs=1", "eval.every=6 epochs", "monitor.every=5 steps"]
 GRID = [
     "space.family.loss.std={kind: choice, values: [0.0, 1.0]}",
     "space.family.loss.cov={kind: choice, values: [3.0, 100.0]}",

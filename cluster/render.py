@@ -295,7 +295,7 @@ def _slurm(name: str, profile: ProfileFile, run: Sequence[str]) -> Files:
 _SLURM = """\
 #!/bin/bash
 {options}
-# sbatch {file}     in a checkout, or a folder of `tessera package`, that all nodes see
+# sbatch {file}     in a checkout with `make setup` done, that all nodes see
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 set -a

@@ -62,7 +62,7 @@ def up(data: Path, s3: bool, cpus: int | None, as_json: bool) -> None:
         click.echo(f"runs are kept in {stack.storage_uri}; `tessera down` stops the stack and keeps them")
 
 
-@cli.command()
+@cli.command(epilog="\b\nExamples:\n  tessera down")
 def down() -> None:
     """Stop exactly what `tessera up` started; data stays."""
     from cluster import local
@@ -73,7 +73,7 @@ def down() -> None:
     )
 
 
-@cli.command()
+@cli.command(epilog="\b\nExamples:\n  tessera status\n  tessera status --json")
 @as_json
 def status(as_json: bool) -> None:
     """Show the local stack's servers; exit code 1 when one of them is down."""
@@ -90,7 +90,7 @@ def status(as_json: bool) -> None:
     sys.exit(0 if servers and all(server.alive for server in servers) else 1)
 
 
-@cli.command()
+@cli.command(epilog="\b\nExamples:\n  tessera ui\n  tessera ui --open")
 @click.option("--open", "open_browser", is_flag=True, help="Open the pages in a browser.")
 @as_json
 def ui(open_browser: bool, as_json: bool) -> None:
@@ -165,7 +165,7 @@ def _tracking(uri: str | None) -> str:
     return uri
 
 
-@cli.command()
+@cli.command(epilog="\b\nExamples:\n  tessera register demo-1a2b3c4d5e")
 @click.argument("run")
 @on_cluster
 @as_json
@@ -181,17 +181,24 @@ def register(run: str, cluster: str, as_json: bool) -> None:
         click.echo(f"{result['model_uri']}")
 
 
-@cli.command()
+@cli.command(
+    epilog="\b\nExamples:\n  tessera sync demo-1a2b3c4d5e\n  tessera sync demo-1a2b3c4d5e --cluster a100x8 --json"
+)
 @click.argument("run")
 @on_cluster
-def sync(run: str, cluster: str) -> None:
+@as_json
+def sync(run: str, cluster: str, as_json: bool) -> None:
     """Send the metrics of RUN that MLflow does not have yet."""
     from jobs import train
     from service import tracking
 
     profile = open_cluster(cluster)
     store, state = train.find_run(run, profile.storage_uri)
-    click.echo(f"sent {tracking.sync(store, profile.tracking_uri, state['mlflow_run'])} values")
+    sent = tracking.sync(store, profile.tracking_uri, state["mlflow_run"])
+    if as_json:
+        emit({"run": run, "sent": sent})
+    else:
+        click.echo(f"sent {sent} values")
 
 
 @cli.command(
@@ -224,7 +231,7 @@ def report(run: str, cluster: str, gpus: int, mtbf_hours: float, as_json: bool) 
         click.echo(reporting.render(found, expected, gpus, mtbf_hours), nl=False)
 
 
-@cli.command()
+@cli.command(epilog="\b\nExamples:\n  tessera recipes\n  tessera recipes --json")
 @as_json
 def recipes(as_json: bool) -> None:
     """List the recipes."""
@@ -268,7 +275,9 @@ def config() -> None:
     """Show configs and their schema."""
 
 
-@config.command()
+@config.command(
+    epilog="\b\nExamples:\n  tessera config show rapid\n  tessera config show rapid optim.lr=0.3 > mine.yaml"
+)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @as_json
@@ -280,7 +289,7 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(json.dumps(resolved.plain()) if as_json else shipped.to_yaml(resolved), nl=as_json)
 
 
-@config.command()
+@config.command(epilog="\b\nExamples:\n  tessera config schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check YAML."""
     from jobs import recipes as shipped

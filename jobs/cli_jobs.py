@@ -166,7 +166,7 @@ def jobs() -> None:
     """List, follow and stop jobs."""
 
 
-@jobs.command("list")
+@jobs.command("list", epilog="\b\nExamples:\n  tessera jobs list\n  tessera jobs list --cluster mine.yaml --json")
 @on_cluster
 @as_json
 def list_jobs(cluster: str, as_json: bool) -> None:
@@ -188,7 +188,9 @@ def list_jobs(cluster: str, as_json: bool) -> None:
         click.echo("no run has a job on this cluster: `tessera submit RECIPE` starts one")
 
 
-@jobs.command()
+@jobs.command(
+    epilog="\b\nExamples:\n  tessera jobs logs demo-1a2b3c4d5e\n  tessera jobs logs demo-1a2b3c4d5e --no-follow"
+)
 @click.argument("run")
 @on_cluster
 @click.option("--follow/--no-follow", default=True, show_default=True)
@@ -220,7 +222,7 @@ def attach(run: str, cluster: str, as_json: bool) -> None:
     sys.exit(_follow(profile, name, job, as_json))
 
 
-@jobs.command()
+@jobs.command(epilog="\b\nExamples:\n  tessera jobs stop demo-1a2b3c4d5e")
 @click.argument("run")
 @on_cluster
 @as_json

@@ -28,13 +28,19 @@ class _Sweeps(click.Group):
     epilog="\b\nExamples:\n  tessera tune list\n  tessera tune vicreg-grid data.uri=s3://data/cifar10\n"
     "  tessera tune rapid-lr trials=8 scheduler.kind=none --dry-run\n"
     "  tessera tune mine.yaml name=mine-2 --no-follow\n  tessera tune report vicreg-grid\n\n"
-    "The same command again follows the sweep, goes on with it or shows its result.",
+    "The same command again follows the sweep, goes on with it or shows its result; `tessera tune run --help` "
+    "shows its options.",
 )
 def tune() -> None:
     """Search settings: `tessera tune SWEEP [KEY=VALUE]...` tries points of a space, each as a run of its own."""
 
 
-@tune.command("run", hidden=True)
+@tune.command(
+    "run",
+    epilog="\b\nExamples:\n  tessera tune run vicreg-grid data.uri=s3://data/cifar10 --dry-run\n"
+    "  tessera tune vicreg-grid data.uri=s3://data/cifar10       the same without `run`\n"
+    "  tessera tune mine.yaml name=mine-2 --cluster rtx4090 --no-follow",
+)
 @click.argument("sweep")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @on_cluster
@@ -104,7 +110,7 @@ def _show(storage: str, name: str, out: Path | None, as_json: bool) -> None:
         click.echo(f"wrote {path}")
 
 
-@tune.command("list")
+@tune.command("list", epilog="\b\nExamples:\n  tessera tune list\n  tessera tune list --json")
 @as_json
 def list_sweeps(as_json: bool) -> None:
     """List the sweeps that ship with Tessera."""

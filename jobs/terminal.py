@@ -18,7 +18,10 @@ _LINE_SECONDS = 10
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON line, for programs.")
 on_cluster = click.option(
-    "--cluster", default="local", show_default=True, help="Profile name, or a Ray job address http://host:port."
+    "--cluster",
+    default="local",
+    show_default=True,
+    help="Profile name, its file.yaml, or a Ray job address http(s)://host:port.",
 )
 
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def main(arguments: list[str]) -> int:
-    """Run the driver and return the job's exit code: 0 done, 1 failed, 2 bad input."""
+    """Run the driver and return the job's exit code, as `exit_code` does."""
     plain, words = "--plain" in arguments, [word for word in arguments if word != "--plain"]
     if not words:
         print("usage: python -m jobs.train [--plain] RECIPE [key=value …]", file=sys.stderr)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def exit_code(work: Callable[[], str], again: str) -> int:
-    """Do a driver's work, print what it returns, and give the job's exit code: 0 done, 1 failed, 2 bad input.
+    """Do a driver's work, print what it returns, and give the exit code: 0 done, 1 failed, 2 bad input, 143 stopped.
 
     Args:
         work: of the driver; SIGTERM leaves it by an exception, so that a stopped job still ends its MLflow run.

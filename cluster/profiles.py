@@ -65,6 +65,7 @@ class ProfileFile(Frozen):
     runtime: Runtime = Installed()
     hosts: tuple[str, ...] = Field((), description="addresses of the nodes where they are known, the head first")
     ssh_user: str = Field("ubuntu", description="who may log in to the hosts")
+    ssh_private_key: str | None = Field(None, description="file of the key to log in with, where `ray up` runs")
     env: dict[str, str] = Field({}, description="environment of every process of a job, such as NCCL_… and FI_…")
     secrets: tuple[str, ...] = Field((), description="names of environment variables whose values stay outside")
     price_per_node_hour: NonNegative | None = Field(None, description="of one node, in `currency`")

@@ -95,6 +95,12 @@ def _ray_yaml(name: str, profile: ProfileFile, run: Sequence[str]) -> Files:
     if not profile.hosts:
         raise UserError(f"--for ray-yaml starts Ray by ssh, and {name} names no hosts: add hosts=[ADDRESS, …]")
     in_image = isinstance(profile.runtime, Image)
+    auth = {"ssh_user": profile.ssh_user, "ssh_private_key": profile.ssh_private_key}
+    if in_image and profile.nodes > 1 and not profile.ssh_private_key:
+        raise UserError(
+            f"--for ray-yaml has the head's container log in to the workers of {name}, and nodes={profile.nodes} with "
+            "no ssh_private_key: add ssh_private_key=~/.ssh/KEY, a file of the machine that runs `ray up`"
+        )
     environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in _environment(profile).items())
     prepare = f"set -a; . {SECRETS_FILE}; set +a; export {environment}; ulimit -n 65536; "
     activate = "" if in_image else ". ~/tessera/.venv/bin/activate; "
@@ -102,7 +108,7 @@ def _ray_yaml(name: str, profile: ProfileFile, run: Sequence[str]) -> Files:
         "cluster_name": f"tessera-{name}",
         "max_workers": profile.nodes - 1,
         "provider": {"type": "local", "head_ip": profile.hosts[0], "worker_ips": list(profile.hosts[1:])},
-        "auth": {"ssh_user": profile.ssh_user},
+        "auth": {name: value for name, value in auth.items() if value},
         "file_mounts": {SECRETS_FILE: SECRETS_FILE},
         "head_start_ray_commands": [
             f"{activate}ray stop",

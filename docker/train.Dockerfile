@@ -19,14 +19,17 @@ RUN /uv/bin/uv pip install --no-cache --compile-bytecode --python /opt/tessera/.
         --no-deps --build-constraints requirements.lock .
 
 FROM ${BASE}
-# torch.compile needs a compiler, KubeRay's probes wget; Debian keeps only the newest version of a package.
+# torch.compile needs a compiler, KubeRay's probes wget, Ray's launcher rsync and, from the head to workers, ssh; Debian
+# keeps only the newest version of a package.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ wget \
+    && apt-get install --yes --no-install-recommends g++ openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 tessera
 COPY --from=build /opt/tessera /opt/tessera
-ENV PATH=/opt/tessera/.venv/bin:$PATH \
+# HOME is where Ray's launcher mounts files, which takes it for /root otherwise.
+ENV HOME=/home/tessera \
+    PATH=/opt/tessera/.venv/bin:$PATH \
     MLFLOW_DISABLE_TELEMETRY=true \
     PYTHONUNBUFFERED=1 \
     RAY_USAGE_STATS_ENABLED=0

@@ -72,7 +72,7 @@ def test_nodes_of_a_cluster_have_what_they_run(base, tmp_path):
     assert "Train, evaluate and register" in stage.run(*stage.command)
     assert "rapid" in stage.run("tessera", "recipes")
     stage.run("python", "-c", "import jobs.train, jobs.supervise, service.engine.loop, torchvision, ray.train, mlflow")
-    for tool in ("ray", "g++", "wget", "bash"):
+    for tool in ("ray", "g++", "rsync", "ssh", "wget", "bash"):
         stage.run("which", tool)
     installed = stage.run("python", "-c", LIST).split()
     locked = {line.split(" ;")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}

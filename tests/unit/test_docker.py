@@ -54,6 +54,13 @@ def test_what_a_dockerfile_copies_is_there_and_not_ignored(name):
     assert sorted(copied) == sorted(allowed) and all((ROOT / source).exists() for source in copied)
 
 
+def test_the_image_of_nodes_has_what_ray_s_launcher_runs_and_the_home_that_it_mounts_files_in():
+    steps = instructions(DOCKER / "train.Dockerfile")
+    (installed,) = [rest for word, rest in steps if word == "RUN" and "apt-get install" in rest]
+    assert {"openssh-client", "rsync"} < set(installed.split())
+    assert any(word == "ENV" and "HOME=/home/tessera" in rest for word, rest in steps)
+
+
 def test_compose_takes_the_stack():
     schema = (files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json").read_text()
     validator = jsonschema.Draft202012Validator(json.loads(schema))

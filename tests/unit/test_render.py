@@ -122,9 +122,10 @@ def test_ray_s_cluster_launcher_takes_the_config(name, runtime):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     overrides = ("runtime={kind: packages}", *runtime) if not runtime else ("runtime={}", *runtime)
-    document = _document("ray-yaml", name, *overrides)
+    document = _document("ray-yaml", name, *overrides, "ssh_private_key=~/.ssh/id_ed25519")
     config = prepare_config(document)
     validate_config(config)
+    assert config["auth"] == {"ssh_user": "ubuntu", "ssh_private_key": "~/.ssh/id_ed25519"}
     assert config["provider"]["worker_ips"] == [f"10.0.0.{n}" for n in range(2, read(name).nodes + 1)]
     assert ("docker" in document, "setup_commands" in document) == (bool(runtime), not runtime)
     for command in (
@@ -133,6 +134,10 @@ def test_ray_s_cluster_launcher_takes_the_config(name, runtime):
         *config["setup_commands"],
     ):
         subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_without_a_key_the_launcher_takes_those_of_the_nodes():
+    assert _document("ray-yaml", "a100x8x4", "runtime={kind: packages}")["auth"] == {"ssh_user": "ubuntu"}
 
 
 def _check_compose(document: dict[str, Any]) -> None:
@@ -257,6 +262,10 @@ def test_what_the_profile_says_is_in_the_manifest(target, change, said):
     [
         ("rtx4090 --for ray-yaml", "rtx4090 names no hosts: add hosts=[ADDRESS, …]"),
         ("rtx4090 --for ray-yaml hosts=[10.0.0.1,10.0.0.2]", "names 2 of nodes=1"),
+        (
+            "cpu-cluster --for ray-yaml hosts=[10.0.0.1,10.0.0.2,10.0.0.3,10.0.0.4]",
+            "nodes=4 with no ssh_private_key: add ssh_private_key=~/.ssh/KEY",
+        ),
         ("a100x8x4 --for compose", "has nodes=4: use kuberay, or nodes=1"),
         ("rtx4090 --for rayjob", "needs --run 'RECIPE key=value', tracking_uri=ADDRESS, storage_uri=ADDRESS"),
         ("rtx4090 --for kuberay --run demo", "kuberay starts a cluster only"),

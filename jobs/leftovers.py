@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import psutil
@@ -195,10 +195,12 @@ def of_storage(storage: str, older_than: float) -> list[Leftover]:
     """Torn checkpoints and half-written objects of runs that nobody carries on."""
     root, now = Store(storage, _SECONDS), time.time()
     entries = root.entries()
-    dead = cache(partial(_is_dead, root))
+    leased = {name.partition("/lease/")[0] for name in entries if "/lease/" in name}
+    owner, dead = partial(_owner, leased), cache(partial(_is_dead, root))
+    torn = {folder: {name: entries[name] for name in names} for folder, names in torn_checkpoints(entries).items()}
     found = [
-        *(_torn(root, entries, names, now) for names in torn_checkpoints(entries).values() if dead(_run(names[0]))),
-        *(_half(root, each, now) for each in root.unfinished() if dead(_run(each.name))),
+        *(_torn(root, run, folder, held, now) for folder, held in torn.items() if dead(run := owner(folder))),
+        *(_half(root, run, each, now) for each in root.unfinished() if dead(run := owner(each.name))),
         *(
             Leftover("trial object", f"{root.uri}/{name}", size, now - written, _deleter(root, [name]))
             for name, (size, written) in entries.items()
@@ -208,29 +210,36 @@ def of_storage(storage: str, older_than: float) -> list[Leftover]:
     return [each for each in found if each.age is not None and each.age > older_than]
 
 
-def _run(name: str) -> str:
-    return name.split("/", 1)[0]
+def _owner(leased: Collection[str], name: str) -> str:
+    """The run whose lease guards a name: the innermost folder that has one, a trial before its sweep."""
+    folders = [str(folder) for folder in PurePosixPath(name).parents]
+    return next((folder for folder in folders if folder in leased), name.split("/", 1)[0])
 
 
-def _torn(root: Store, entries: Mapping[str, tuple[int, float]], names: Sequence[str], now: float) -> Leftover:
-    size, written = sum(entries[name][0] for name in names), max(entries[name][1] for name in names)
-    where = f"{root.uri}/{'/'.join(names[0].split('/')[:3])}"
-    return Leftover("torn checkpoint", where, size, now - written, _of_dead(root, names))
+def _torn(root: Store, run: str, folder: str, held: Mapping[str, tuple[int, float]], now: float) -> Leftover:
+    size, written = sum(size for size, _ in held.values()), max(written for _, written in held.values())
+
+    def remove() -> None:
+        _check_dead(root, run)
+        _deleter(root, held)()
+
+    return Leftover("torn checkpoint", f"{root.uri}/{folder}", size, now - written, remove)
 
 
 def torn_checkpoints(names: Iterable[str]) -> dict[str, list[str]]:
     """Folders `RUN/checkpoints/step-…` that were never committed, with the names of their objects."""
     folders: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split("/")
-        if len(parts) > 3 and parts[1] == "checkpoints" and parts[2].startswith("step-"):
-            folders.setdefault("/".join(parts[:3]), []).append(name)
+        run, _, rest = name.partition("/checkpoints/")
+        step, _, file = rest.partition("/")
+        if step.startswith("step-") and file:
+            folders.setdefault(f"{run}/checkpoints/{step}", []).append(name)
     return {folder: found for folder, found in folders.items() if f"{folder}/{MARKER}" not in found}
 
 
-def _half(root: Store, each: Unfinished, now: float) -> Leftover:
+def _half(root: Store, run: str, each: Unfinished, now: float) -> Leftover:
     def remove() -> None:
-        _check_dead(root, each.name)
+        _check_dead(root, run)
         root.abort(each)
 
     return Leftover("unfinished object", f"{root.uri}/{each.name}", each.size, now - each.since, remove)
@@ -241,20 +250,12 @@ def _is_dead(root: Store, run: str) -> bool:
     return living_holder(store, newest_epoch(store)) is None
 
 
-def _check_dead(root: Store, name: str) -> None:
-    if not _is_dead(root, _run(name)):
-        raise UserError(f"run {_run(name)} is alive again: left alone")
+def _check_dead(root: Store, run: str) -> None:
+    if not _is_dead(root, run):
+        raise UserError(f"run {run} is alive again: left alone")
 
 
-def _of_dead(root: Store, names: Sequence[str]) -> Callable[[], None]:
-    def remove() -> None:
-        _check_dead(root, names[0])
-        _deleter(root, names)()
-
-    return remove
-
-
-def _deleter(root: Store, names: Sequence[str]) -> Callable[[], None]:
+def _deleter(root: Store, names: Iterable[str]) -> Callable[[], None]:
     def remove() -> None:
         for name in names:
             root.delete(name)

@@ -116,9 +116,13 @@ def abandon(run, beat):
 
 @pytest.fixture
 def storage(tmp_path):
-    """Runs of a dead driver, of a living one, and of one that has ended well."""
-    root = Store(tmp_path / "runs")
-    for name, beat in (("dead", LONG_AGO), ("alive", time.time()), ("done", 0.0)):
+    """Runs of a dead driver, of a living one, of one that has ended well, and trials of a sweep that goes on."""
+    root, now = Store(tmp_path / "runs"), time.time()
+    abandon(root.sub("sweep"), now)
+    aged(tmp_path / "runs" / "sweep" / "ledger.json#123")
+    aged(tmp_path / "runs" / "sweep" / "clone" / "checkpoints" / "step-00000010-lease-000001" / "data")  # not begun yet
+    beats = {"dead": LONG_AGO, "alive": now, "done": 0.0, "sweep/dead": LONG_AGO, "sweep/alive": now}
+    for name, beat in beats.items():
         run = root.sub(name)
         abandon(run, beat)
         for step, files in ((10, ("data", MARKER)), (20, ("data", "metadata"))):
@@ -130,20 +134,21 @@ def storage(tmp_path):
 
 
 def test_torn_checkpoints_and_half_written_objects_of_dead_runs_only(storage):
-    before = set(storage.list())
+    before, dead = set(storage.list()), ("dead", "done", "sweep/dead")
     there = leftovers.of_storage(storage.uri, DAY)
     torn = "checkpoints/step-00000020-lease-000001"
     assert {(each.kind, each.where.removeprefix(f"{storage.uri}/"), each.size) for each in there} == {
-        *((("torn checkpoint"), f"{run}/{torn}", 200) for run in ("dead", "done")),
-        *((("unfinished object"), f"{run}/checkpoints/x#123", 100) for run in ("dead", "done")),
+        *((("torn checkpoint"), f"{run}/{torn}", 200) for run in dead),
+        *((("unfinished object"), f"{run}/checkpoints/x#123", 100) for run in dead),
         ("trial object", f"{PLACE}/left", 100),
     }
     assert leftovers.of_storage(storage.uri, 5 * DAY) == []
     rows = list(leftovers.carry_out(there, dry_run=False))
     assert {row.state for row in rows} == {"removed"}
-    gone = {f"{run}/{torn}/{file}" for run in ("dead", "done") for file in ("data", "metadata")}
+    gone = {f"{run}/{torn}/{file}" for run in dead for file in ("data", "metadata")}
     assert set(storage.list()) == before - gone - {f"{PLACE}/left"}
-    assert [each.name for each in storage.unfinished()] == ["alive/checkpoints/x#123"]
+    held = {"alive/checkpoints/x#123", "sweep/alive/checkpoints/x#123", "sweep/ledger.json#123"}
+    assert {each.name for each in storage.unfinished()} == held
     assert leftovers.of_storage(storage.uri, 0.0) == []
 
 

@@ -374,7 +374,7 @@ def _unit_quoted(text: str) -> str:
 
 
 _UNIT = """\
-# useradd --system tessera; git clone … {folder}; make -C {folder} setup
+# useradd --system --home-dir /var/lib/tessera tessera; git clone … {folder}; make -C {folder} setup
 # /etc/tessera/secrets.env, of root with mode 600, holds {lines}
 # cp tessera-{role}.service /etc/systemd/system; systemctl enable --now tessera-{role}
 [Unit]
@@ -387,6 +387,7 @@ User=tessera
 StateDirectory=tessera
 WorkingDirectory=/var/lib/tessera
 EnvironmentFile=/etc/tessera/secrets.env
+Environment=HOME=/var/lib/tessera
 {environment}
 ExecStart={folder}/.venv/bin/ray start --block {options}
 Restart=always

@@ -181,6 +181,8 @@ def test_systemd_takes_the_units(name, tmp_path):
     assert sorted(units) == ["tessera-head.service", "tessera-worker.service"]
     for unit, text in units.items():
         assert 'Environment="ODD=50%% of \\"x\\""' in text
+        assert "StateDirectory=tessera\n" in text and "Environment=HOME=/var/lib/tessera\n" in text
+        assert "useradd --system --home-dir /var/lib/tessera tessera;" in text
         (tmp_path / unit).write_text(text.replace("/opt/tessera/.venv/bin/ray", shutil.which("true") or ""))
     paths = [str(tmp_path / unit) for unit in units]
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cluster import address as ray
 from cluster import local
+from cluster.credentials import check_address, check_settings
 from cluster.hardware import GPUS, Count, Frozen, Interconnect, Node, NonNegative, Precision, this_node
 from datasets_prep.errors import UserError
 
@@ -24,7 +25,6 @@ _LOCAL_STACK = "local stack"
 _THIS_MACHINE = "this machine"
 _SCHEMES = ("http://", "https://")
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-_SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|ACCESS_KEY|API_KEY")
 
 
 class Installed(Frozen):
@@ -82,12 +82,10 @@ class ProfileFile(Frozen):
         for name in (*self.env, *self.secrets):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of an environment variable: use capitals, digits and _")
-        for name in self.env:
-            if _SECRET.search(name):
-                raise ValueError(f"env.{name} would show its value to all: name it in `secrets`, without the value")
-        for name in ("jobs_address", "tracking_uri", "storage_uri"):
-            if re.search(r"://[^/]*@", getattr(self, name) or ""):
-                raise ValueError(f"{name} holds a password: leave it out, and name its variable in `secrets`")
+        try:
+            check_settings(self.model_dump())
+        except UserError as error:
+            raise ValueError(f"{error}; `secrets` names their variables, without the values") from None
         if (address := self.jobs_address) and address != _LOCAL_STACK and not address.startswith(_SCHEMES):
             raise ValueError(f"jobs_address={address} must begin with http:// or https://")
         if self.hosts and len(self.hosts) != self.nodes:
@@ -198,9 +196,14 @@ def resolve(cluster: str) -> Profile:
 
 
 def locate(cluster: str, stack: local.Stack | None) -> Located:
-    """Find a cluster by profile name or file, or job API address, where `stack` is this machine's; asks nobody."""
+    """Find a cluster by profile name or file, or job API address, where `stack` is this machine's; asks nobody.
+
+    Raises:
+        UserError: unknown or faulty profile, no address or one with a password, no MLflow or storage named.
+    """
     file = None if cluster.startswith(_SCHEMES) else read(cluster)
     address = (cluster if file is None else _address(cluster, file)).rstrip("/")
+    check_address("--cluster" if file is None else "RAY_API_SERVER_ADDRESS", address)
     if stack is not None and address in (_LOCAL_STACK, stack.ray_address):
         address, env = stack.ray_address, local.client_environment(stack)
     elif address == _LOCAL_STACK:

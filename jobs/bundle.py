@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import render
+from cluster.credentials import check_address, check_file, own_secrets
 from cluster.profiles import ProfileFile
 from datasets_prep.errors import UserError
 from jobs import package
@@ -107,8 +109,9 @@ def write(config: RunConfig, cluster: str, profile: ProfileFile | None, folder: 
         folder: absent or empty.
 
     Raises:
-        UserError: the folder holds something, or the code a secret.
+        UserError: the folder holds something, or a file, the code's or the profile's, or the address a secret.
     """
+    check_address("--cluster", cluster)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"-o {folder} is not empty: name a new folder")
     code = package.collect()
@@ -123,6 +126,9 @@ def write(config: RunConfig, cluster: str, profile: ProfileFile | None, folder: 
         cluster = "cluster.yaml"
     files["run.sh"] = _SCRIPT.format(cluster=named).encode()
     files["README.md"] = _readme(config, cluster, profile, code.commit, manifests).encode()
+    own = own_secrets(os.environ)
+    for name, file in files.items():
+        check_file(name, package.read(file), own)
     for name, file in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 
+from cluster.credentials import check_file, own_secrets
 from datasets_prep.errors import UserError
-from jobs.credentials import check_file, own_secrets
 from service.config import RunConfig
 
 ROOMS = ("service", "jobs", "cluster", "datasets_prep")

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from cluster.credentials import check_settings
 from datasets_prep.errors import UserError
-from jobs.credentials import check_settings
 from service.config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster import address
+from cluster.credentials import check_address
 from cluster.profiles import Profile
 from datasets_prep.errors import UserError
 from jobs import package
-from jobs.credentials import check_address
 from jobs.package import Package
 from jobs.plan import Plan, check_resources
 from jobs.train import RESULT, STATE, is_finished, outcome

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from cluster import address, local
+from cluster.credentials import own_secrets
 from jobs import package
-from jobs.credentials import own_secrets
 from service.data.store import Store
 from service.engine.checkpoint import committed
 from tests.configs import TINY

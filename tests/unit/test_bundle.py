@@ -49,6 +49,21 @@ def test_a_profile_of_one_s_own_travels_along(tmp_path, monkeypatch):
     assert str(tmp_path) not in readme + script
 
 
+@pytest.mark.parametrize("secret", [SECRET, "hf" + "_" + "a1B2" * 9])
+def test_a_secret_in_a_comment_of_a_profile_stays_here(tmp_path, monkeypatch, secret):
+    (tmp_path / "mine.yaml").write_text(
+        f"# {secret}\nnodes: 1\nnode: {{cpus: 4, memory_gib: 16, shm_gib: 4, disk_gib: 100}}\n"
+    )
+    with pytest.raises(UserError, match="in line 1 of cluster.yaml: take it out"):
+        written(tmp_path / "new", str(tmp_path / "mine.yaml"), monkeypatch)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_address_with_a_password_is_not_packed(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="^--cluster=https://ray.example:8265 was given with a user and password"):
+        written(tmp_path / "new", "https://me:word@ray.example:8265", monkeypatch)
+
+
 def test_an_address_takes_storage_and_tracking_from_the_environment(tmp_path, monkeypatch):
     files, readme, script = written(tmp_path / "new", "https://ray.example:8265", monkeypatch)
     assert "--cluster https://ray.example:8265 " in script and "| `TESSERA_STORAGE` |" in readme

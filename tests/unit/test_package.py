@@ -7,9 +7,9 @@ from importlib.metadata import version
 
 import pytest
 
+from cluster.credentials import check_address, check_file, own_secrets
 from datasets_prep.errors import UserError
 from jobs import package, recipes
-from jobs.credentials import check_address, check_file, own_secrets
 from tests.configs import tiny
 
 

@@ -167,6 +167,15 @@ def test_a_file_of_one_s_own_says_where_runs_and_tracking_are(dashboard, monkeyp
     assert profile.file == read(file) and profile.file.storage_uri == profile.env["TESSERA_STORAGE"]
 
 
+def test_an_address_with_a_password_is_refused_and_not_repeated(monkeypatch, tmp_path):
+    address = "https://me:verysecret@ray.example:8265"
+    with pytest.raises(UserError, match="^--cluster=https://ray.example:8265 was given with a user and password"):
+        resolve(address)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    with pytest.raises(UserError, match="^RAY_API_SERVER_ADDRESS=https://ray.example:8265 was given"):
+        resolve(_written(tmp_path))
+
+
 def test_a_profile_without_address_takes_ray_s_own_variable(dashboard, monkeypatch, tmp_path):
     file = _written(tmp_path)
     with pytest.raises(UserError, match="says what the cluster is, and not where: set RAY_API_SERVER_ADDRESS"):
@@ -199,9 +208,15 @@ def test_a_cluster_that_lacks_what_its_profile_says_is_told_what_there_is(
         ({"node": MINE["node"] | {"gpus": 1, "gpu": "rtx4080"}}, "gpu=rtx4080 is none of rtx4090, a100-40gb"),
         ({"node": MINE["node"] | {"gpu": "h100"}}, "gpu=h100 with gpus=0"),
         ({"node": MINE["node"] | {"shm_gib": 9}}, "shm_gib=9 must not exceed memory_gib=8"),
-        ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, "env.AWS_SECRET_ACCESS_KEY would show its value"),
+        (
+            {"env": {"AWS_SECRET_ACCESS_KEY": "x"}},
+            "env.AWS_SECRET_ACCESS_KEY is by its name a secret.*; `secrets` names",
+        ),
+        ({"env": {"WANDB_KEY": "x"}}, "env.WANDB_KEY is by its name a secret"),
+        ({"env": {"HF_AUTH": "hf" + "_" + "a1B2" * 9}}, "env.HF_AUTH holds a Hugging Face token"),
         ({"secrets": ["RAY_AUTH_TOKEN=x"]}, "is no name of an environment variable"),
-        ({"storage_uri": "s3://me:word@runs"}, "storage_uri holds a password"),
+        ({"storage_uri": "s3://me:word@runs"}, "storage_uri=s3://runs was given with a user and password"),
+        ({"jobs_address": "https://ray/?token=x"}, "jobs_address=https://ray/ was given with the query token=…"),
         ({"jobs_address": "host:8265"}, "jobs_address=host:8265 must begin with http"),
         ({"runtime": {"kind": "conda"}}, "runtime=?.*installed.*packages.*image"),
     ],

@@ -78,14 +78,17 @@ def _found(data: bytes, own: Mapping[str, bytes]) -> Iterator[tuple[str, int]]:
 
 
 def check_settings(tree: Any, path: str = "") -> None:
-    """Refuse settings with a secret in them, be it in an address: they are shown, logged and kept.
+    """Refuse settings with a secret in them, by name or by value, be it in an address: they are shown, logged and kept.
 
     Raises:
         UserError: naming the setting, never the secret.
     """
     if isinstance(tree, Mapping):
         for name, value in cast(Mapping[str, Any], tree).items():
-            check_settings(value, f"{path}.{name}" if path else name)
+            below = f"{path}.{name}" if path else name
+            if _VARIABLE.search(name):
+                raise UserError(f"{below} is by its name a secret, and settings are logged: take it out; {_CURE}")
+            check_settings(value, below)
     elif isinstance(tree, list | tuple):
         for value in cast(list[Any], tree):
             check_settings(value, path)

@@ -87,15 +87,18 @@ class Forecast:
 
     @property
     def tflops(self) -> tuple[float, float] | None:
-        """10¹² operations a second that a worker sustains, lowest and highest; None on a GPU that is not known."""
-        precision = self.config.compute.precision
+        """10¹² operations a second that a worker sustains, lowest and highest; None on a GPU that is not known.
+
+        No precision is taken to be faster than the one that the profile calls fastest.
+        """
+        precisions = (self.config.compute.precision, self.file.precision)
         if not self.on_gpu:
             cores = self.config.parallel.cpus_per_worker
-            low, high = CORE_TFLOPS[precision]
+            low, high = map(min, zip(*(CORE_TFLOPS[each] for each in precisions), strict=True))
             return cores * low, cores * high
         if not self.file.node.gpu:
             return None
-        peak = GPUS[self.file.node.gpu].tflops[precision]
+        peak = min(GPUS[self.file.node.gpu].tflops[each] for each in precisions)
         low, high = UTILISATION[self.config.family.encoder.kind]
         return peak * low, peak * high
 
@@ -121,6 +124,7 @@ class Forecast:
             *self._tokens(),
             ("parameters", self._parameters()),
             ("memory", self._memory()),
+            ("precision", self._precision()),
             ("compute", f"{self.footprint.flops / 1e12:,.3g} TFLOP a step and worker"),
             ("time", self._time()),
             ("cost", self._cost()),
@@ -139,6 +143,8 @@ class Forecast:
             "memory_bytes": {**self.footprint.memory, "data": self.data},
             "memory_needed_gib": self.needed_gib,
             "memory_gib": self.room_gib,
+            "precision": self.config.compute.precision,
+            "fastest_precision": self.file.precision,
             "flops_per_step": self.footprint.flops,
             "hours": self.hours,
             "cost": self.cost,
@@ -169,6 +175,10 @@ class Forecast:
             f"{(self.footprint.peak + self.data) / _GIB:.2f} GiB a {where} at the peak ({parts}); "
             f"{self.needed_gib:.1f} of {room} GiB with what its process takes"
         )
+
+    def _precision(self) -> str:
+        own, fastest = self.config.compute.precision, self.file.precision
+        return own if own == fastest else f"{own}; {self.cluster} is fastest in {fastest}: compute.precision={fastest}"
 
     def _time(self) -> str:
         if self.hours is None or self.tflops is None:

@@ -21,11 +21,11 @@ def made(*changes, samples=None, recipe="ijepa-vitb-imagenet"):
     return outline(recipes.load(recipe, changes), samples)
 
 
-def on(profile, peak_gib, *, recipe="ijepa-vitb-imagenet", world=8, data=0):
+def on(profile, peak_gib, *changes, recipe="ijepa-vitb-imagenet", world=8, data=0):
     memory = dict.fromkeys(KINDS, 0) | {"activations": int(peak_gib * GIB)}
-    config = recipes.load(recipe, [f"parallel.workers={world}"])
+    config, file = recipes.load(recipe, [f"parallel.workers={world}", *changes]), read(profile)
     found = Footprint(memory, 1e12, {"context_encoder": 86_000_000}, 86_000_000, 10**9)
-    return Forecast(config, profile, read(profile), world, 1, True, found, data, 3600)
+    return Forecast(config, profile, file, world, 1, file.node.gpus > 0, found, data, 3600)
 
 
 def cpu_cluster(memory_gib, **changes):
@@ -48,6 +48,17 @@ def test_time_and_cost_are_the_work_over_the_range_of_speeds():
     assert found.hours == pytest.approx((1 / (0.45 * 312), 1 / (0.2 * 312)))  # 3600 steps of 1 TFLOP
     assert found.cost == pytest.approx(tuple(27.44705 * hours for hours in found.hours))
     assert on("rtx4090", 10, world=1).cost is None
+
+
+def test_no_precision_is_faster_than_the_one_that_the_profile_calls_fastest():
+    fast, slow = on("a100x8", 10), on("a100x8", 10, "compute.precision=fp32")
+    assert slow.tflops == pytest.approx((0.2 * 19.5, 0.45 * 19.5))
+    assert dict(fast.rows())["precision"] == "bf16"
+    assert dict(slow.rows())["precision"] == "fp32; a100x8 is fastest in bf16: compute.precision=bf16"
+    cores = on("cpu-cluster", 10, "parallel.cpus_per_worker=2")
+    assert cores.tflops == pytest.approx((2 * 0.02, 2 * 0.12))
+    assert dict(cores.rows())["precision"].startswith("bf16; cpu-cluster is fastest in fp32")
+    assert (cores.summary()["precision"], cores.summary()["fastest_precision"]) == ("bf16", "fp32")
 
 
 def test_memory_counts_the_process_its_peers_and_resident_data():

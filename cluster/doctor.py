@@ -29,6 +29,7 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
+from cluster.hardware import Interconnect
 from datasets_prep.errors import UserError
 
 State = Literal["ok", "warn", "fail", "skipped"]
@@ -40,6 +41,7 @@ _LEAST_SHM, _LITTLE_SHM = 64 * 2**20, _GIB  # 64 MiB is what a container has unl
 _SLOW_STORE, _FAR_CLOCK, _WRONG_CLOCK = 0.5, 2.0, 30.0  # seconds; a lease is lost after 60 s of silence
 _SOON = 86400.0
 _LEAST_OF_LINK = 0.5  # share of the stated bandwidth
+_PCIE = 31.5e9  # bytes a second of 16 lanes of PCIe 4.0, one way
 _LEAST_OF_MEMORY = 0.9  # share of the stated memory: drivers keep some
 _DISTRIBUTION = "tessera-jepa"
 _COMPARED = ("ray", "torch", "mlflow", "obstore", "numpy", "pydantic")
@@ -322,8 +324,8 @@ def bus_bandwidth(ranks: int, size: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * size / seconds
 
 
-def judge_all_reduce(result: Mapping[str, Any], gbit_per_second: float | None = None) -> Finding:
-    """Judge an all-reduce between ranks; `gbit_per_second` is what the link between nodes is stated to carry."""
+def judge_all_reduce(result: Mapping[str, Any], stated: Interconnect | None = None) -> Finding:
+    """Judge an all-reduce between ranks by what a profile states of the links between them."""
     name = "all-reduce"
     if reason := result.get("skipped"):
         return Finding(name, "skipped", reason)
@@ -337,10 +339,20 @@ def judge_all_reduce(result: Mapping[str, Any], gbit_per_second: float | None = 
         f"{result['ranks']} ranks on {result['nodes']} node{'s' * (result['nodes'] > 1)} by {result['backend']}: "
         f"{speed / 1e9:.2f} GB/s bus bandwidth ({result['bytes'] >> 20} MiB in {result['seconds'] * 1e3:.0f} ms)"
     )
-    if gbit_per_second and result["nodes"] > 1 and speed < _LEAST_OF_LINK * gbit_per_second * 1e9 / 8:
-        cure = f"the profile states {gbit_per_second:g} Gbit/s between nodes: NCCL_DEBUG=INFO tells which link is used"
+    least, what = (0.0, "") if stated is None else _least_speed(result, stated)
+    if speed < least:
+        cure = f"the profile states {what}: NCCL_DEBUG=INFO and `nvidia-smi topo -m` tell which link is used"
         return Finding(name, "warn", found, cure)
     return Finding(name, "ok", found)
+
+
+def _least_speed(result: Mapping[str, Any], stated: Interconnect) -> tuple[float, str]:
+    """Bytes a second below which the stated links are not those in use, and what is stated."""
+    if result["nodes"] > 1:
+        between = stated.gbit_per_second
+        return _LEAST_OF_LINK * between * 1e9 / 8, f"{between:g} Gbit/s between nodes"
+    nvlink = stated.kind == "nvlink" and result["backend"] == "nccl"
+    return _PCIE if nvlink else 0.0, "NVLink within a node, and this could be PCIe"
 
 
 # Credentials

@@ -264,7 +264,7 @@ def judge_gpus(answers: Answers) -> Finding:
 
 def judge_all_reduce(answers: Answers) -> Finding:
     """Judge the links between ranks by what the profile states."""
-    stated = None if answers.file is None else answers.file.interconnect.gbit_per_second
+    stated = None if answers.file is None else answers.file.interconnect
     return doctor.judge_all_reduce(answers.facts["all_reduce"], stated)
 
 

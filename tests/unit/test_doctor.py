@@ -9,6 +9,7 @@ import pytest
 
 from cluster import doctor
 from cluster.doctor import Finding
+from cluster.hardware import Interconnect
 from datasets_prep.errors import UserError
 from jobs import doctor as checks
 from jobs.probe import PLACE, probe_store
@@ -108,12 +109,22 @@ def test_an_all_reduce_is_held_to_the_links_that_the_profile_states():
     result = {"ranks": 16, "nodes": 2, "backend": "nccl", "bytes": 256 << 20, "right": True, "seconds": 0.05}
     speed = doctor.bus_bandwidth(16, 256 << 20, 0.05)
     assert f"{speed / 1e9:.2f} GB/s" in doctor.judge_all_reduce(result).found
-    assert doctor.judge_all_reduce(result, gbit_per_second=speed * 8e-9 * 1.9).state == "ok"
-    slow = doctor.judge_all_reduce(result, gbit_per_second=speed * 8e-9 * 2.1)
+    assert doctor.judge_all_reduce(result, Interconnect(gbit_per_second=speed * 8e-9 * 1.9)).state == "ok"
+    slow = doctor.judge_all_reduce(result, Interconnect(gbit_per_second=speed * 8e-9 * 2.1))
     assert slow.state == "warn" and "NCCL_DEBUG" in slow.cure
-    assert doctor.judge_all_reduce(result | {"nodes": 1}, gbit_per_second=1e6).state == "ok"
     assert doctor.judge_all_reduce(result | {"right": False}).state == "fail"
     assert "NCCL_SOCKET_IFNAME" in doctor.judge_all_reduce(result | {"error": "timed out"}).cure
+
+
+def test_nvlink_is_to_be_faster_than_pcie_could_be():
+    seconds = doctor.bus_bandwidth(8, 256 << 20, 1.0) / 31.5e9  # that PCIe 4.0 takes
+    result = {"ranks": 8, "nodes": 1, "backend": "nccl", "bytes": 256 << 20, "right": True}
+    fast, slow = result | {"seconds": 0.99 * seconds}, result | {"seconds": 1.01 * seconds}
+    nvlink, pcie = Interconnect(kind="nvlink", gbit_per_second=1e6), Interconnect(kind="pcie", gbit_per_second=1e6)
+    assert [doctor.judge_all_reduce(fast, kind).state for kind in (nvlink, pcie)] == ["ok", "ok"]
+    assert [doctor.judge_all_reduce(slow, kind).state for kind in (nvlink, pcie)] == ["warn", "ok"]
+    assert "states NVLink within a node" in doctor.judge_all_reduce(slow, nvlink).cure
+    assert doctor.judge_all_reduce(slow | {"backend": "gloo"}, nvlink).state == "ok"
 
 
 def test_a_clock_is_as_far_off_as_it_must_be_at_least():

@@ -16,6 +16,7 @@ from cluster.doctor import Finding, failed
 from datasets_prep.errors import UserError
 from jobs import package, plan
 from jobs.probe import probe_store
+from jobs.terminal import note
 from service.config import RunConfig
 from service.data.cache import cache_root
 from service.data.split import read_index
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 _JOB_SECONDS = 120.0
+_INSTALL_SECONDS = 1200.0  # torch and CUDA are gigabytes; Ray itself gives up sooner
+_STOP_SECONDS = 40.0  # longer than a job is given to end before it is killed
 _LINES = 3
 
 
@@ -294,7 +297,8 @@ def run_job(profile: profiles.Profile, module: str, told: Mapping[str, Any]) -> 
     """Run a module of this code on a cluster, and return the answer that it prints; the job is forgotten then.
 
     Raises:
-        UserError: other versions there than here, or a job that fails or does not end within two minutes.
+        UserError: other versions there than here, or a job that fails, or does not end within two minutes after what
+            its profile has the nodes install.
     """
     from jobs import submit
     from jobs.nodes import ANSWER
@@ -302,13 +306,18 @@ def run_job(profile: profiles.Profile, module: str, told: Mapping[str, Any]) -> 
     submit.check_versions(profile)
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch, submit.job_client(profile) as client:
         built = package.write(package.collect(), {}, Path(scratch) / "package.zip")
+        runtime = submit.runtime_env(profile, {})
         job = client.submit_job(
             entrypoint=f"python -m {module} {shlex.quote(json.dumps(told))}",
-            runtime_env={"working_dir": str(built.path), **submit.runtime_env(profile, {})},
+            runtime_env={"working_dir": str(built.path), **runtime},
         )
-        info = _ended(client, job)
-        log = client.get_job_logs(job)
-        client.delete_job(job)
+        if installs := "uv" in runtime:
+            note("the nodes install the packages of the profile's lock first, unless they have them: minutes")
+        try:
+            info = _ended(client, job, _INSTALL_SECONDS if installs else _JOB_SECONDS)
+            log = client.get_job_logs(job)
+        finally:
+            _forget(client, job)
     for line in log.splitlines():
         if ANSWER in line:
             return json.loads(line.split(ANSWER, 1)[1])
@@ -316,14 +325,30 @@ def run_job(profile: profiles.Profile, module: str, told: Mapping[str, Any]) -> 
     raise UserError(f"the job that asks the nodes ended as {info.status.value}: {last}")
 
 
-def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
-    end = time.monotonic() + _JOB_SECONDS
+def _ended(client: JobSubmissionClient, job: str, start_seconds: float) -> JobDetails:
+    """Wait for the end of a job that has `start_seconds` to begin, and two minutes from then."""
+    limits = {"PENDING": start_seconds, "RUNNING": _JOB_SECONDS}
+    state, since = "", 0.0
     while not (info := client.get_job_info(job)).status.is_terminal():
-        if time.monotonic() > end:
-            client.stop_job(job)
+        if info.status.value != state:
+            state, since = info.status.value, time.monotonic()
+        if time.monotonic() - since > limits[state]:
             raise UserError(
-                f"job {job}, which asks the nodes, is {info.status.value} after {_JOB_SECONDS:g} s: "
-                "look for what hinders it on Ray's page of jobs"
+                f"job {job}, which asks the nodes, was {state} for {limits[state]:g} s: look for what hinders it in "
+                "runtime_env_setup-*.log and job-driver-*.log of Ray's session folder on the head"
             )
         time.sleep(0.3)
     return info
+
+
+def _forget(client: JobSubmissionClient, job: str) -> None:
+    """Delete a job; stop it first if it has not ended."""
+    end = time.monotonic() + _STOP_SECONDS
+    if not client.get_job_status(job).is_terminal():
+        client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        if time.monotonic() > end:
+            note(f"job {job} does not end yet: `ray job delete {job}` once it has")
+            return
+        time.sleep(0.3)
+    client.delete_job(job)

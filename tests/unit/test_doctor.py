@@ -3,15 +3,19 @@
 import base64
 import json
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.job_submission import JobStatus
 
-from cluster import doctor
+from cluster import doctor, profiles
 from cluster.doctor import Finding
 from cluster.hardware import Interconnect
 from datasets_prep.errors import UserError
 from jobs import doctor as checks
+from jobs import package, submit
 from jobs.probe import PLACE, probe_store
 from service.data.store import Store, StoreUnavailable
 from tests.configs import tiny
@@ -133,6 +137,79 @@ def test_a_clock_is_as_far_off_as_it_must_be_at_least():
     far, unsure = doctor.judge_clock({"a": (5.0, 0.5)}), doctor.judge_clock({"a": (5.0, 4.5)})
     assert (far.state, unsure.state) == ("warn", "ok")
     assert doctor.judge_clock({}).state == "skipped"
+
+
+class Jobs:
+    """A job API whose one job is in the states of a schedule, by seconds; a clock that runs while one sleeps."""
+
+    def __init__(self, schedule, log=""):
+        self.schedule, self.log, self.now, self.calls = schedule, log, 0.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def submit_job(self, **_):
+        return "raysubmit_1"
+
+    def get_job_status(self, job):
+        return max((at, state) for at, state in self.schedule if at <= self.now)[1]
+
+    def get_job_info(self, job):
+        return SimpleNamespace(status=self.get_job_status(job), message="")
+
+    def get_job_logs(self, job):
+        return self.log
+
+    def stop_job(self, job):
+        self.calls.append("stop")
+        self.schedule.append((self.now + 5, JobStatus.STOPPED))
+
+    def delete_job(self, job):
+        assert self.get_job_status(job).is_terminal()
+        self.calls.append("delete")
+
+
+def asked(monkeypatch, profile, jobs):
+    """What the doctor's job on a profile's cluster answers."""
+    monkeypatch.setattr(checks, "time", jobs)
+    monkeypatch.setattr(submit, "check_versions", lambda profile: None)
+    monkeypatch.setattr(submit, "job_client", lambda profile: nullcontext(jobs))
+    monkeypatch.setattr(package, "collect", lambda: package.Code({}, "", None, []))
+    where = {"jobs_address": "http://r", "tracking_uri": "http://m", "storage_uri": "s3://r", "env": {}}
+    there = profiles.Profile(name=profile, cpus=1, gpus=0, file=profiles.read(profile), **where)
+    return checks.run_job(there, "jobs.nodes", {})
+
+
+def test_a_job_may_wait_for_packages_longer_than_it_may_run(monkeypatch, capsys):
+    jobs = Jobs([(0, JobStatus.PENDING), (900, JobStatus.RUNNING), (1000, JobStatus.SUCCEEDED)], 'answer {"nodes": []}')
+    assert asked(monkeypatch, "rtx4090", jobs) == {"nodes": []}
+    assert jobs.calls == ["delete"] and "install the packages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("profile", "schedule", "said", "seconds"),
+    [
+        ("rtx4090", [(0, JobStatus.PENDING), (900, JobStatus.RUNNING)], "was RUNNING for 120 s", 1020),
+        ("rtx4090", [(0, JobStatus.PENDING)], "was PENDING for 1200 s", 1200),
+        ("a100x8", [(0, JobStatus.PENDING)], "was PENDING for 120 s", 120),
+    ],
+)
+def test_a_job_that_hangs_is_stopped_and_forgotten(monkeypatch, profile, schedule, said, seconds):
+    jobs = Jobs(schedule)
+    with pytest.raises(UserError, match=said):
+        asked(monkeypatch, profile, jobs)
+    assert jobs.calls == ["stop", "delete"] and jobs.now == pytest.approx(seconds + 5, abs=2)
+
+
+def test_a_job_that_cannot_be_stopped_is_named(monkeypatch, capsys):
+    jobs = Jobs([(0, JobStatus.PENDING)])
+    monkeypatch.setattr(jobs, "stop_job", jobs.calls.append)
+    with pytest.raises(UserError, match="was PENDING"):
+        asked(monkeypatch, "a100x8", jobs)
+    assert jobs.calls == ["raysubmit_1"] and "`ray job delete raysubmit_1` once it has" in capsys.readouterr().err
 
 
 def jwt(**claims):

@@ -51,7 +51,7 @@ def _validated(merged: Tree, overrides: Sequence[str], what: str) -> RunConfig:
         if "=" not in override or not path:
             errors.append(f"{override!r} is no override: write key.sub=value, such as schedule.epochs=10")
             continue
-        merged = _merge(merged, _nest(path.split("."), _parse(text)), RunConfig)
+        merged = _merge(merged, _nest(path.split("."), parse(text)), RunConfig)
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -105,7 +105,8 @@ def read_yaml(path: Path, what: str, content: str) -> Tree:
     return cast(Tree, tree)
 
 
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
+    """The value of an override: YAML, or else the text itself."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

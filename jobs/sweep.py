@@ -12,9 +12,8 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from datasets_prep.errors import UserError
@@ -236,7 +235,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> tuple[Sweep, RunConfig]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is no override: write key=value, such as trials=8 or optim.lr=0.1")
-        _set(tree, key, yaml.safe_load(text))
+        _set(tree, key, recipes.parse(text))
     try:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
@@ -260,14 +259,16 @@ def _read(name: str) -> dict[str, Any]:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     first, _, rest = key.partition(".")
     if first not in Sweep.model_fields:
-        tree["overrides"] = {**tree.get("overrides", {}), key: value}
-    elif not rest:
+        first, rest = "overrides", key
+    if not rest:
         tree[first] = value
-    elif first in ("space", "overrides", "metrics"):
-        tree[first] = {**tree.get(first, {}), rest: value}
-    else:
-        fresh = rest == "kind" and tree.get(first, {}).get("kind") != value
-        tree[first] = {**({} if fresh else tree.get(first, {})), rest: value}
+        return
+    before = tree.get(first) or {}
+    if not isinstance(before, dict):
+        raise UserError(f"{key}={value}: {first}={before} has nothing below it: write {first}={value}")
+    below = cast(dict[str, Any], before)
+    fresh = rest == "kind" and below.get("kind") != value
+    tree[first] = {**({} if fresh else below), rest: value}
 
 
 def assignments(settings: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from cluster.credentials import check_file, own_secrets
 from datasets_prep.errors import UserError
@@ -55,19 +56,23 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 def _code_hash(files: Mapping[str, Path | bytes]) -> str:
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for path in sorted(PurePosixPath(name) for name in files):
         if path.parts[0] in ROOMS and path.suffix in (".py", ".yaml"):
             data = read(files[str(path)])
-            digest.update(f"{path}\0{len(data)}\0".encode())
-            digest.update(data)
-    return digest.hexdigest()[:12]
+            whole.update(f"{path}\0{len(data)}\0".encode())
+            whole.update(data)
+    return whole.hexdigest()[:12]
 
 
 def run_name(config: RunConfig, fingerprint: str, code: str) -> str:
     """Name that the same recipe, settings, data, initial weights and code always get, however carried out."""
-    identity = json.dumps([config.identity(), fingerprint, code], sort_keys=True)
-    return f"{config.name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    return f"{config.name}-{digest([config.identity(), fingerprint, code])}"
+
+
+def digest(plain: Any) -> str:
+    """Short hash of a plain value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def commit(root: Path = ROOT) -> str | None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ALIVE = ("PENDING", "RUNNING")
-FACTS = ("run", "recipe", "commit", "steps", "package", "entrypoint")
+FACTS = ("run", "recipe", "commit", "steps", "package", "identity", "entrypoint")
 ENTRYPOINT = f"python -m jobs.train {package.CONFIG_NAME}"
 PACKAGES = "packages"  # beside the runs, in their storage
 RAY_LIMIT = 100 << 20  # bytes that Ray's dashboard takes in one request
@@ -117,11 +117,12 @@ def submit(
     root, code = Store(profile.storage_uri), package.collect()
     if resume is not None:
         check_resumable(root.sub(resume), made)
-    name, config = _named(made, code.hash, root, new)
-    name = resume or name
+    own, config = _named(made, code.hash, root, new)
+    name = resume or own
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
         built = package.write(code, package.config_document(config), Path(scratch) / "package.zip")
         facts = {"run": name, "recipe": config.name, "commit": code.commit or "none", "steps": str(made.steps)}
+        facts |= {"identity": own}
         done = planned(name, built) if dry_run else begin(profile, built, facts)
     return replace(done, commit=code.commit, untracked=code.untracked)
 
@@ -148,7 +149,11 @@ def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submiss
         profile: where.
         built: what the job runs.
         facts: kept with the job, `run`, `recipe`, `commit`, `steps`; Ray shows them to whoever may see jobs.
-            `entrypoint` is the job's shell command, if it is another than a run's.
+            `entrypoint` is the job's shell command, if it is another than a run's; `identity` stands for settings,
+            data and code.
+
+    Raises:
+        UserError: a job of the run is alive and has another identity.
     """
     root, name = Store(profile.storage_uri), facts["run"]
     done = planned(name, built)
@@ -159,6 +164,7 @@ def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submiss
         jobs = jobs_of(client, name)
         for job in jobs:
             if job.status in ALIVE:
+                _check_joins(job, facts)
                 return replace(done, state="attached", job=job.submission_id)
         started = root.exists(f"{name}/{STATE}")
         last = max((int((job.submission_id or "-0").rsplit("-", 1)[-1]) for job in jobs), default=0)
@@ -167,6 +173,17 @@ def begin(profile: Profile, built: Package, facts: Mapping[str, str]) -> Submiss
         kept = {**facts, "package": built.sha}
         launch(client, profile, built, identifier, facts.get("entrypoint", ENTRYPOINT), environment, kept)
     return replace(done, state="resumed" if started else "submitted", job=identifier)
+
+
+def _check_joins(job: JobDetails, facts: Mapping[str, str]) -> None:
+    """Refuse to follow a job as if it were one's own that goes by other settings, data or code."""
+    told = (job.metadata or {}).get("identity", "none")
+    if "none" not in (told, facts["identity"]) and told != facts["identity"]:
+        name = facts["run"]
+        raise UserError(
+            f"job {job.submission_id} of {name} is alive with other settings, data or code: "
+            f"`tessera jobs attach {name}` follows it as it is, `tessera jobs stop {name}` ends it with a checkpoint"
+        )
 
 
 def launch(

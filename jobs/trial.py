@@ -76,6 +76,8 @@ class Trial(tune.Trainable):
         self._base = RunConfig.model_validate(given.base)
         origin = config["trial"].get("origin")
         self._take(config["trial"]["point"], Origin(**origin) if origin else None)
+        if self._sweep.scheduler.kind == "pbt":  # an earlier driver has acted on all probes but the newest
+            self._told = max(0, len(self._probes()) - (self._run not in given.ended))
 
     def _take(self, point: dict[str, Any], origin: Origin | None) -> None:
         config = sweep.trial_config(self._sweep, self._base, sweep.decoded(self._sweep, point))
@@ -87,13 +89,16 @@ class Trial(tune.Trainable):
         self._process: subprocess.Popen[bytes] | None = None
 
     def step(self) -> dict[str, Any]:
-        """Wait for the run's next probe, its end or its collapse, and report it."""
+        """Wait for the run's next probe, its end or its collapse, and report it; the last probe together with the end.
+
+        Otherwise a population could exchange a member that has nothing left to train.
+        """
         ended = self._given.ended.get(self._run)
         while True:
             rows = tracking.stored_metrics(self._store)
             found = sweep.reports(rows, self._made.steps, self._made.config.data.batch_size)
             seen = None if ended else sweep.collapsed(rows, self._sweep.collapse, self._warmup)
-            if not seen and len(found) > self._told:
+            if not seen and len(found) > self._told and found[self._told]["percent"] < 100:
                 self._told += 1
                 return self._report(found[self._told - 1], "training")
             state, why = ("collapsed", seen) if seen else (ended, None) if ended else self._carry_on()
@@ -126,9 +131,10 @@ class Trial(tune.Trainable):
         code = self._process.poll()
         if code is None:
             return None, None
-        if self._store.exists(RESULT) and self._told == len(self._probes()):
-            return "finished", None
-        return (None, None) if self._store.exists(RESULT) else ("failed", f"exit code {code}: {_last_line(self._log)}")
+        if not self._store.exists(RESULT):
+            return "failed", f"exit code {code}: {_last_line(self._log)}"
+        untold = [probe for probe in self._probes()[self._told :] if probe["percent"] < 100]
+        return None if untold else "finished", None
 
     def _probes(self) -> list[dict[str, float]]:
         rows = tracking.stored_metrics(self._store)

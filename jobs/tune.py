@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from jobs.plan import check_resources
 from jobs.supervise import GRACE_SECONDS, free_placement_groups
 from jobs.train import RESULT, end_tracking, exit_code, open_tracking, outcome, storage_root, take_lease
 from jobs.trial import Given, Trial
-from jobs.tune_submit import TRIALS, check_same, identity, keep, unpacked
+from jobs.tune_submit import ENTRYPOINT, TRIALS, check_same, identity, keep, unpacked
 from service import tracking
 from service.config import RunConfig
 from service.data.store import Store
@@ -82,17 +82,22 @@ def drive(settings: sweep.Sweep, made: plan.Plan, root: Store, tracking_uri: str
     """Carry a sweep to its end, whatever part of it is still to do, and return its result."""
     if not tracking_uri:
         raise UserError("MLFLOW_TRACKING_URI is not set: give it the address of an MLflow server")
-    run, mine = root.sub(settings.name), identity(settings, made)
+    run, mine = root.sub(settings.name), identity(settings, made, package.code_hash())
     check_same(run, mine)
     print(f"sweep {settings.name}", flush=True)
     lease = take_lease(run, lambda run: run.exists(RESULT))
-    if lease is None or run.exists(RESULT):
-        return json.loads(run.get(RESULT))
-    with lease:
+    with lease or nullcontext():
+        check_same(run, mine)  # while the lease was waited for, another may have taken the name
+        if lease is None or run.exists(RESULT):
+            return json.loads(run.get(RESULT))
         keep(run, settings, made.config, mine)
         tags = {"run": settings.name, "recipe": made.config.name, "fingerprint": made.fingerprint}
         tags |= {"package": mine["code"], "commit": package.commit() or "none", "storage": run.uri}
-        tags |= {"archive": os.environ.get("TESSERA_PACKAGE") or "none", "sweep": settings.name}
+        tags |= {
+            "archive": os.environ.get("TESSERA_PACKAGE") or "none",
+            "sweep": settings.name,
+            "entrypoint": ENTRYPOINT,
+        }
         state = open_tracking(run, tracking_uri, made.config.tracking.experiment, settings, tags)
         try:
             ledger = Ledger(run, settings, lease.epoch)
@@ -210,7 +215,7 @@ def fit(settings: sweep.Sweep, made: plan.Plan, root: Store, ledger: Ledger, env
                 failure_config=tune.FailureConfig(max_failures=3),  # of the actors that watch runs
             ),
         )
-        with _stopping_gently(root, ledger):
+        with _stopping_gently(root.sub(settings.name), ledger):
             tuner.fit()
 
 
@@ -254,12 +259,13 @@ def _optuna(settings: sweep.Sweep, base: RunConfig, ledger: Ledger) -> Searcher:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = [entry["point"] for entry in ledger.entries if "point" in entry] or sweep.points(settings, base)
+    tried = [entry["point"] for entry in ledger.entries if "point" in entry]
+    known = tried or sweep.points(settings, base)
     first = [{f"trial/point/{key}": value for key, value in sweep.encoded(settings, each).items()} for each in known]
     several = {"metric": list(settings.metrics), "mode": list(settings.metrics.values())}
     return OptunaSearch(
         points_to_evaluate=first or None,
-        seed=settings.sweep_seed,
+        seed=settings.sweep_seed + len(tried),  # a fresh sampler of the same seed would draw the same points again
         **(several if len(settings.metrics) > 1 else {}),  # pyright: ignore[reportArgumentType]
     )
 
@@ -300,17 +306,16 @@ def _moves(values: sweep.Distribution) -> Any:
 
 
 @contextmanager
-def _stopping_gently(root: Store, ledger: Ledger) -> Generator[None]:
-    """Answer SIGTERM by a last checkpoint of every run, then leave; the same command goes on."""
+def _stopping_gently(run: Store, ledger: Ledger) -> Generator[None]:
+    """Answer SIGTERM by a last checkpoint of every trial's run, then leave; the same command goes on."""
 
     def leave(signum: int, frame: object) -> None:
         ledger.frozen = True
-        runs = [root.sub(entry["run"]) for entry in ledger.entries if entry["state"] == "training" and "run" in entry]
-        living = {run: newest_epoch(run) for run in runs if living_holder(run, newest_epoch(run))}
-        for run, epoch in living.items():
-            ask_to_stop(run, epoch)
+        living = living_trials(run)
+        for trial, epoch in living.items():
+            ask_to_stop(trial, epoch)
         deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline and any(living_holder(run, epoch) for run, epoch in living.items()):
+        while time.monotonic() < deadline and any(living_holder(trial, epoch) for trial, epoch in living.items()):
             time.sleep(0.5)
         sys.exit(143)
 
@@ -319,6 +324,13 @@ def _stopping_gently(root: Store, ledger: Ledger) -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def living_trials(run: Store) -> dict[Store, int]:
+    """Runs of a sweep's trials that somebody trains, by their leases, each with its epoch."""
+    trials = {name.partition("/lease/")[0] for name in run.list() if "/lease/" in name}
+    newest = {trial: newest_epoch(trial) for trial in map(run.sub, sorted(trials))}
+    return {trial: epoch for trial, epoch in newest.items() if living_holder(trial, epoch)}
 
 
 if __name__ == "__main__":

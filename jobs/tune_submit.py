@@ -20,13 +20,14 @@ from service.config import RunConfig
 from service.data.store import Store
 
 PACKED = "sweep.json"
+ENTRYPOINT = f"python -m jobs.tune {PACKED}"
 IDENTITY, TRIALS = "sweep.json", "trials.json"
 
 
-def identity(settings: Sweep, made: plan.Plan) -> dict[str, Any]:
-    """What decides how a sweep goes; two of one name must have the same."""
+def identity(settings: Sweep, made: plan.Plan, code: str) -> dict[str, Any]:
+    """What decides how a sweep goes, `code` by its hash; two of one name must have the same."""
     base = made.config.identity()
-    return {"sweep": settings.identity(), "base": base, "fingerprint": made.fingerprint, "code": package.code_hash()}
+    return {"sweep": settings.identity(), "base": base, "fingerprint": made.fingerprint, "code": code}
 
 
 def check_same(run: Store, mine: Mapping[str, Any]) -> None:
@@ -71,12 +72,13 @@ def submit(settings: Sweep, made: plan.Plan, profile: Profile, *, dry_run: bool 
     """Start, continue, join or just find the sweep of that name."""
     check_versions(profile)
     tracking.check(profile.tracking_uri)
-    check_same(Store(profile.storage_uri).sub(settings.name), identity(settings, made))
     code = package.collect()
+    mine = identity(settings, made, code.hash)
+    check_same(Store(profile.storage_uri).sub(settings.name), mine)
     document = json.dumps(packed(settings, made.config), indent=1).encode()
     with tempfile.TemporaryDirectory(prefix="tessera-package-") as scratch:
         built = package.write(code, {PACKED: document}, Path(scratch) / "package.zip")
         facts = {"run": settings.name, "recipe": made.config.name, "commit": code.commit or "none"}
-        facts |= {"steps": str(made.steps), "entrypoint": f"python -m jobs.tune {PACKED}"}
+        facts |= {"steps": str(made.steps), "entrypoint": ENTRYPOINT, "identity": package.digest(mine)}
         done = planned(settings.name, built) if dry_run else begin(profile, built, facts)
     return replace(done, commit=code.commit, untracked=code.untracked)

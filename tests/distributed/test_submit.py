@@ -156,6 +156,8 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     attached = json.loads(tessera(*command, "--no-follow", "--json"))
     assert (attached["state"], attached["job"]) == ("attached", started["job"])
     wait_until(lambda: newest_step(store) >= 20)
+    other = [*command, "optim.lr=0.02", "--resume", started["run"], "--allow-change", "optim.lr"]
+    assert f"{started['job']} of {started['run']} is alive with other settings" in tessera(*other, code=2)
     stopped = json.loads(tessera("jobs", "stop", started["run"], "--json"))["step"]
     assert stopped == newest_step(store)
     assert stopped == max(losses_of(store)), "the last step before the stop is in a checkpoint"

@@ -1,10 +1,12 @@
 """What a job is told, and what it finds on its nodes."""
 
+import json
+
 import pytest
 
 from cluster.profiles import Profile, read
 from datasets_prep.errors import UserError
-from jobs import package, submit
+from jobs import package, submit, tune_submit
 from service.data.store import Store
 
 
@@ -58,3 +60,11 @@ def test_the_newest_checkpoint_that_is_committed_counts(tmp_path):
         if marked:
             run.put(f"checkpoints/{folder}/COMMIT.json", b"{}")
     assert submit.newest_step(run) == 20
+
+
+def test_a_sweep_that_ray_has_forgotten_is_retried_as_a_sweep(tmp_path):
+    run = Store(tmp_path)
+    tags = {"run": "four", "archive": "5ha", "commit": "c0de", "entrypoint": tune_submit.ENTRYPOINT}
+    run.put("state.json", json.dumps({"mlflow_run": "1", **tags}).encode())
+    facts = submit._facts([], run)
+    assert (facts["run"], facts["package"], facts["entrypoint"]) == ("four", "5ha", "python -m jobs.tune sweep.json")

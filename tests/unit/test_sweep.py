@@ -1,6 +1,7 @@
 """Sweeps before any trial: what is refused, which points are tried, what rows say, what is found."""
 
 import io
+import json
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from datasets_prep.errors import UserError
 from jobs import recipes, sensitivity, sweep
 from service.config import changed_settings
+from service.data.store import Store
 
 STD, COV = "family.loss.std", "family.loss.cov"
 
@@ -105,6 +107,12 @@ def test_a_grid_has_all_combinations_and_the_recipe_once(tmp_path):
         ({"trials": None}, [], "trials must be given"),
         ({}, ["trials=9", f"space={{{STD}: {{kind: choice, values: [1, 2]}}}}"], "has 3 points"),
         ({}, ["trials"], "is no override"),
+        ({}, ["optim.lr=[1"], "optim.lr='\\[1'"),
+        ({"search": "random"}, ["search.kind=random"], "search.kind=random: .* write search=random"),
+        ({}, ["name.x=1"], "write name=1"),
+        ({"scheduler": "asha"}, ["scheduler.grace=0.2"], "write scheduler=0.2"),
+        ({}, ["collapse=null", "collapse.patience=0"], "collapse.patience=0"),
+        ({"overrides": {}}, ["eval.every=0 epochs"], "eval.every='0 epochs'"),
         ({"space": None}, [], "space must be given"),
     ],
 )
@@ -242,20 +250,19 @@ def test_heat_maps_of_grids_have_a_cell_for_each_pair():
 
 def test_a_name_belongs_to_one_sweep(tmp_path, few_digits):
     from jobs import plan, tune_submit
-    from service.data.store import Store
 
     path, data = written(tmp_path), f"data.uri={few_digits}"
 
-    def loaded(*overrides):
+    def loaded(*overrides, code="c0de"):
         settings, base = sweep.load(path, [data, *overrides])
-        return settings, plan.make(base)
+        return settings, plan.make(base), code
 
-    run, (settings, made) = Store(tmp_path).sub("mine"), loaded()
-    tune_submit.check_same(run, tune_submit.identity(settings, made))  # nothing is there
+    run, (settings, made, _) = Store(tmp_path).sub("mine"), loaded()
+    tune_submit.check_same(run, tune_submit.identity(*loaded()))  # nothing is there
     run.put("state.json", b"{}")
     with pytest.raises(UserError, match="is a run: give the sweep another name, such as name=mine-2"):
-        tune_submit.check_same(run, tune_submit.identity(settings, made))
-    tune_submit.keep(run, settings, made.config, tune_submit.identity(settings, made))
+        tune_submit.check_same(run, tune_submit.identity(*loaded()))
+    tune_submit.keep(run, settings, made.config, tune_submit.identity(*loaded()))
     assert tune_submit.unpacked(run.get("sweep.json")) == (settings, made.config)
     for same in ((), ("concurrency=1",), ("data.workers=1",)):
         tune_submit.check_same(run, tune_submit.identity(*loaded(*same)))
@@ -263,3 +270,68 @@ def test_a_name_belongs_to_one_sweep(tmp_path, few_digits):
         tune_submit.check_same(run, tune_submit.identity(*loaded("optim.lr=0.5")))
     with pytest.raises(UserError, match="sweep.trials was 6, is 5"):
         tune_submit.check_same(run, tune_submit.identity(*loaded("trials=5")))
+    with pytest.raises(UserError, match="code was c0de, is other"):
+        tune_submit.check_same(run, tune_submit.identity(*loaded(code="other")))
+
+
+def test_a_resumed_search_draws_other_points(tmp_path):
+    from jobs import tune
+
+    settings, base = sweep.load(written(tmp_path), ["search=optuna", "trials=6"])
+
+    def drawn(ledger, count):
+        searcher = tune._optuna(settings, base, ledger)
+        searcher.set_search_properties("val_linear", "max", {"trial": tune._space(settings, base, ledger)})
+        return [searcher.suggest(str(number))["trial"]["point"] for number in range(count)]
+
+    ledger = tune.Ledger(Store(tmp_path / "run"), settings, 1)
+    first = drawn(ledger, 4)
+    assert first[0] == {STD: 1.0, COV: 3.0}
+    ledger.entries = [{"number": number, "point": point} for number, point in enumerate(first)]
+    resumed = drawn(ledger, 6)
+    assert resumed[:4] == first and all(point not in first for point in resumed[4:])
+
+
+def test_the_runs_of_living_trials_are_told_by_their_leases(tmp_path):
+    from jobs import tune
+    from service.engine.lease import Lease
+
+    run = Store(tmp_path)
+    with Lease(run), Lease(run.sub("mine/demo-1")), Lease(run.sub("mine/demo-2")):
+        found = tune.living_trials(run.sub("mine"))
+    assert {trial.uri: epoch for trial, epoch in found.items()} == {
+        run.sub("mine/demo-1").uri: 1,
+        run.sub("mine/demo-2").uri: 1,
+    }
+    assert not tune.living_trials(run.sub("mine"))
+
+
+def test_a_population_that_goes_on_acts_on_newest_probes_alone(tmp_path, few_digits):
+    from jobs import trial
+
+    settings, base = sweep.load(written(tmp_path), [f"data.uri={few_digits}", "scheduler.kind=pbt"])
+    encoded = sweep.encoded(settings, {STD: 2.0, COV: 3.0})
+
+    def rows(found):
+        lines = (json.dumps({"step": step, "time": 0, "metrics": row}) for step, row in found.items())
+        return "\n".join(lines).encode()
+
+    def member(**ended):
+        given = trial.Given(settings.plain(), base.plain(), str(tmp_path / "runs"), {}, True, ended)
+
+        class Given(trial.Trial):
+            def setup(self, config):
+                super().setup(config, given)
+
+        return Given(config={"trial": {"point": encoded}})
+
+    made = member()
+    total, probe = made._made.steps, {"images_per_s": 1.0}
+    steps = [total // 4, total // 2, total]
+    made._store.put("metrics/000001.jsonl", rows({step: {**probe, sweep.SCORE: step} for step in steps[:2]}))
+    assert member().step()["step"] == steps[1]
+    assert member(**{made._run: "collapsed"}).step()["state"] == "collapsed"
+    made._store.put("metrics/000002.jsonl", rows({total: {**probe, sweep.SCORE: 1.0}}))
+    made._store.put("result.json", b"{}")
+    last = member().step()
+    assert last["done"] and last["state"] == "finished" and last["step"] == total

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def mlflow_status(stack, store):
 
 
 def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
-    settings = [*SMALL, "schedule.steps=240", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
+    settings = [*SMALL, "schedule.steps=120", "checkpoint.every=10 steps", f"data.uri={digits}", "seed=3"]
     started = json.loads(tessera("submit", "demo", *settings, "--no-follow", "--json"))
     store = runs(stack, started["run"])
     wait_until(lambda: store.exists("lease/000001.json"))
@@ -218,11 +219,11 @@ def test_a_second_driver_waits_then_takes_over(stack, tessera, digits):
         out, _ = second.communicate(timeout=200)
     finally:
         second.kill()
-    assert second.returncode == 0 and "finished 240 steps" in out
+    assert second.returncode == 0 and "finished 120 steps" in out
     assert leases(store) == ["lease/000001.json", "lease/000002.json"]
     result = json.loads(store.get("result.json"))
     assert result["resumed_from"] >= 20 and result["model_uri"].startswith("models:/demo/")
-    assert all(len(values) == 1 for values in losses_of(store).values()) and set(losses_of(store)) == set(range(1, 241))
+    assert all(len(values) == 1 for values in losses_of(store).values()) and set(losses_of(store)) == set(range(1, 121))
 
 
 ABANDON = """
@@ -408,7 +409,7 @@ def test_a_bundle_runs_by_its_own_readme_where_nothing_else_is(stack, tessera, d
 def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path):
     before = len(json.loads(tessera("jobs", "list", "--json"))["jobs"])
     at = f"data.uri={digits}"
-    for arguments, message in [
+    cases = [
         (["submit", "dmo"], "did you mean 'demo'"),
         (["submit", "demo", at, "optim.lrr=1"], "did you mean 'lr'"),
         (["submit", "demo", f"data.uri={tmp_path}"], "holds no index.json"),
@@ -423,7 +424,9 @@ def test_bad_input_ends_before_anything_starts(stack, tessera, digits, tmp_path)
         (["shard", "digitz", "--out", tmp_path / "x"], "source 'digitz' is unknown"),
         (["evaluate", "demo"], "models:/NAME"),
         (["config", "show", "demo", "seed=x"], "seed='x'"),
-    ]:
-        error = tessera(*arguments, code=2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        errors = pool.map(lambda case: tessera(*case[0], code=2), cases)
+    for (arguments, message), error in zip(cases, errors, strict=True):
         assert error.startswith("error: ") and message in error, (arguments, error)
     assert len(json.loads(tessera("jobs", "list", "--json"))["jobs"]) == before

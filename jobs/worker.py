@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 30.0
 CLOSE_SECONDS = 5.0  # of a worker that fails or stops: somebody waits for it
+LOST_SECONDS = 0.5  # of one that lost another: the run waits for it to end
 WATCH_SECONDS = 2.0  # between looks at the lease
 _OF_LINE = ("epoch", "lr", "weight_decay", "momentum", "images_per_s")  # not among the losses of a progress line
 # How gloo, NCCL and the rendezvous tell that another worker has gone.
@@ -105,8 +106,10 @@ def _train(config: RunConfig, told: Payload) -> None:
         with _watching(run):
             rows = progress(tracker.log)
             train(config, run, rows, lambda: tracker.flush(FLUSH_SECONDS), stop_requested)
-    except BaseException:
-        tracker.close(CLOSE_SECONDS)  # MLflow gets the rest from the next start
+    except BaseException as error:
+        tracker.close(
+            LOST_SECONDS if is_peer_lost(error) else CLOSE_SECONDS
+        )  # MLflow gets the rest from the next start
         raise
     tracker.close()
 

@@ -197,7 +197,7 @@ def undisturbed(data: str, folder: Path, *changes: str) -> Reference:
     """Run the recipe on two plain processes, without Ray, MLflow or S3."""
     from tests.ranks import on_ranks
 
-    with _environment({"TESSERA_WITNESS": str(folder / "witness")}):
+    with environment({"TESSERA_WITNESS": str(folder / "witness")}):
         rows, result = on_ranks(2, _train, [*SETTINGS, f"data.uri={data}", *changes], str(folder / "run"))[0]
     return Reference(rows, ids_of(lives(folder / "witness" / "0"))[0], result["scores"])
 
@@ -238,7 +238,7 @@ def disturb(cluster: Cluster, name: str, fault: Fault, seed: int, data: str, exp
     rng = random.Random(f"{name} {seed}")
     at = rng.randrange(fault.earliest, LATEST)
     repeat = 1 + seed + 1000 * (1 + int(hashlib.sha256(name.encode()).hexdigest()[:4], 16))
-    with _environment(cluster.s3.env()), (fault.storage or _on_s3)(cluster) as storage:
+    with environment(cluster.s3.env()), (fault.storage or _on_s3)(cluster) as storage:
         scene = Scene(cluster, [*SETTINGS, f"data.uri={data}", *fault.settings], repeat, storage)
         scene.start(*fault.first)
         try:
@@ -352,7 +352,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process for a block."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

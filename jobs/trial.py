@@ -104,6 +104,7 @@ class Trial(tune.Trainable):
             state, why = ("collapsed", seen) if seen else (ended, None) if ended else self._carry_on()
             if state is not None:
                 self.cleanup()
+                found = self._probes()  # the last may have come with the end
                 return self._report(found[-1] if found else self._nothing(rows), state, why) | {"done": True}
             time.sleep(LOOK_SECONDS)
 

@@ -31,7 +31,6 @@ class Gpu(Frozen):
         ray_type: what Ray calls it, in the resource `accelerator_type:…` of its nodes.
         memory_gib: what CUDA can allocate of it, as torch's out-of-memory error names it, in GiB.
         tflops: dense peak by precision in 10¹² operations a second, sums in fp32 where factors are shorter.
-        memory_gb_per_second: bandwidth of its memory in 10⁹ bytes a second.
         source: where the figures come from.
     """
 
@@ -39,7 +38,6 @@ class Gpu(Frozen):
     ray_type: str
     memory_gib: float
     tflops: Mapping[Precision, float]
-    memory_gb_per_second: float
     source: str
 
 
@@ -52,7 +50,6 @@ GPUS: Mapping[str, Gpu] = {
         ray_type="GeForce-RTX-4090",
         memory_gib=23.6,
         tflops={"bf16": 165.2, "fp16": 165.2, "fp32": 82.6, "fp64": 1.3},
-        memory_gb_per_second=1008,
         source="NVIDIA Ada GPU architecture whitepaper, table 2",
     ),
     "a100-40gb": Gpu(
@@ -60,7 +57,6 @@ GPUS: Mapping[str, Gpu] = {
         ray_type="A100",
         memory_gib=39.4,
         tflops=_A100,
-        memory_gb_per_second=1555,
         source="NVIDIA A100 Tensor Core GPU data sheet",
     ),
     "a100-80gb": Gpu(
@@ -68,7 +64,6 @@ GPUS: Mapping[str, Gpu] = {
         ray_type="A100",
         memory_gib=79.1,
         tflops=_A100,
-        memory_gb_per_second=2039,
         source="NVIDIA A100 Tensor Core GPU data sheet",
     ),
     "h100": Gpu(
@@ -76,7 +71,6 @@ GPUS: Mapping[str, Gpu] = {
         ray_type="H100",
         memory_gib=79.1,
         tflops=_HOPPER,
-        memory_gb_per_second=3352,
         source="NVIDIA H100 GPU architecture whitepaper, table 2 (SXM5)",
     ),
     "h200": Gpu(
@@ -84,7 +78,6 @@ GPUS: Mapping[str, Gpu] = {
         ray_type="H200",
         memory_gib=139.8,
         tflops=_HOPPER,
-        memory_gb_per_second=4800,
         source="NVIDIA H200 data sheet (SXM)",
     ),
 }

@@ -60,7 +60,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Origin:
-    """The run, and its step at least, whose newest checkpoint another run starts from."""
+    """The run, and its step, whose checkpoint another run starts from, or the next if that one is gone."""
 
     run: str
     step: int
@@ -165,7 +165,11 @@ class Trial(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Name what a clone would go on from, once it is there; the weights stay in the run's storage."""
         step = sweep.reports(tracking.stored_metrics(self._store), self._made.steps, 1)[self._told - 1]["step"]
-        while _newest(self._store)[1] < step and self._process is not None and self._process.poll() is None:
+        while (
+            all(at < step for at, _ in _checkpoints(self._store))
+            and self._process is not None
+            and self._process.poll() is None
+        ):
             time.sleep(LOOK_SECONDS)
         return {"run": self._run, "step": int(step)}
 
@@ -198,16 +202,17 @@ def run_name(settings: sweep.Sweep, made: plan.Plan, origin: Origin | None) -> s
 
 
 def clone(root: Store, origin: Origin, into: Store) -> int:
-    """Copy a run's newest committed checkpoint into another run, its marker last; returns its step.
+    """Copy the checkpoint that an origin names into another run, its marker last; returns its step.
 
     Raises:
         UserError: the run has none.
     """
     source = root.sub(origin.run)
     for attempt in range(CLONES):
-        folder, step = _newest(source)
-        if not folder:
+        kept = _checkpoints(source)
+        if not kept:
             raise UserError(f"{source.uri} has no checkpoint to clone")
+        step, folder = next((each for each in kept if each[0] >= origin.step), kept[-1])
         try:
             marker = source.get(f"{folder}/{MARKER}")
             for name in json.loads(marker)["files"]:
@@ -223,11 +228,10 @@ def clone(root: Store, origin: Origin, into: Store) -> int:
     raise AssertionError
 
 
-def _newest(run: Store) -> tuple[str, int]:
-    """Folder and step of the newest committed checkpoint; '' and 0 when there is none."""
-    name = max((name for name in run.list("checkpoints") if name.endswith(f"/{MARKER}")), default="")
-    folder = name.removesuffix(f"/{MARKER}")
-    return folder, int(folder.split("/")[-1].split("-")[1]) if folder else 0
+def _checkpoints(run: Store) -> list[tuple[int, str]]:
+    """Steps and folders of a run's committed checkpoints, the oldest first."""
+    folders = (name.removesuffix(f"/{MARKER}") for name in run.list("checkpoints") if name.endswith(f"/{MARKER}"))
+    return sorted((int(folder.split("/")[-1].split("-")[1]), folder) for folder in folders)
 
 
 def _copy(source: Store, name: str, into: Store) -> None:

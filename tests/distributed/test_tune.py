@@ -118,7 +118,8 @@ def test_a_killed_driver_loses_no_trial_and_repeats_none(stack, tessera, few_dig
 def test_a_population_clones_weights_and_goes_on_with_moved_settings(stack, tessera, few_digits):
     rates = "{kind: choice, values: [1.0e-6, 0.01]}"
     population = ["scheduler.kind=pbt", "scheduler.every=0.2", "scheduler.quantile=0.5", "search=random", "trials=2"]
-    command = ["tune", "demo", "name=two", f"data.uri={few_digits}", *SMALL, *population, "map=null", "collapse=null"]
+    long = [*SMALL, "schedule.epochs=120"]  # a run is no further than what the trial has told of it
+    command = ["tune", "demo", "name=two", f"data.uri={few_digits}", *long, *population, "map=null", "collapse=null"]
     result = json.loads(tessera(*command, f"space={{optim.lr: {rates}}}", "--json").splitlines()[-1])
     _, trials = kept(stack, "two")
     clones = [trial for trial in trials if trial["origin"]]

@@ -46,7 +46,8 @@ def state_of(run):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is un")
 def test_a_clone_has_the_donors_weights_and_optimiser_and_goes_on_with_its_own_rate(donor, few_digits):
-    assert trial.clone(donor, trial.Origin("donor", 2), donor.sub("clone")) == 4
+    assert trial.clone(donor, trial.Origin("donor", 2), donor.sub("early")) == 2
+    assert trial.clone(donor, trial.Origin("donor", 3), donor.sub("clone")) == 4
     theirs, mine = state_of(donor.sub("donor")), state_of(donor.sub("clone"))
     flat = [torch.utils._pytree.tree_flatten(tree)[0] for tree in (theirs, mine)]
     tensors = [(a, b) for a, b in zip(*flat, strict=True) if isinstance(a, torch.Tensor)]

@@ -148,9 +148,9 @@ def wait_until(condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
-    """The job is stopped, then its driver gets SIGKILL; what that changes of the losses, the chaos suite tells."""
-    settings = [*SMALL, "schedule.steps=240", "checkpoint.every=10 steps", "compute.deterministic=true"]
+def test_a_job_whose_driver_was_killed_goes_on(stack, tessera, digits):
+    """What that changes of the losses, the chaos suite tells; how a job is stopped, the test on two hosts."""
+    settings = [*SMALL, "schedule.steps=160", "checkpoint.every=10 steps", "compute.deterministic=true"]
     command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
     started = json.loads(tessera(*command, "--no-follow", "--json"))
     store = runs(stack, started["run"])
@@ -159,16 +159,8 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     wait_until(lambda: newest_step(store) >= 20)
     other = [*command, "optim.lr=0.02", "--resume", started["run"], "--allow-change", "optim.lr"]
     assert f"{started['job']} of {started['run']} is alive with other settings" in tessera(*other, code=2)
-    stopped = json.loads(tessera("jobs", "stop", started["run"], "--json"))["step"]
-    assert stopped == newest_step(store)
-    assert stopped == max(losses_of(store)), "the last step before the stop is in a checkpoint"
-    assert mlflow_status(stack, store) == "KILLED"
-    [listed] = [job for job in json.loads(tessera("jobs", "list", "--json"))["jobs"] if job["run"] == started["run"]]
-    assert (listed["state"], listed["step"], listed["steps"]) == ("STOPPED", stopped, 240)
-    again = json.loads(tessera(*command, "--no-follow", "--json"))
-    wait_until(lambda: newest_step(store) >= stopped + 20)
     os.kill(driver(started["run"], stack).pid, signal.SIGKILL)
-    wait_for_end(stack, again["job"])
+    wait_for_end(stack, started["job"])
     assert not store.exists("result.json") and mlflow_status(stack, store) == "RUNNING"
     assert {job["run"] for job in json.loads(tessera("jobs", "list", "--json"))["jobs"]} >= {started["run"]}
     assert mlflow_status(stack, store) == "KILLED"
@@ -176,11 +168,11 @@ def test_stopped_and_killed_goes_on_by_the_same_command(stack, tessera, digits):
     assert (retried["run"], retried["state"], retried["package"]) == (started["run"], "resumed", started["package"])
     resumed = json.loads(tessera("jobs", "attach", started["run"], "--json").splitlines()[-1])
     assert resumed["run"] == started["run"]
-    assert resumed["resumed_from"] >= stopped + 20 and resumed["steps"] == 240
+    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 160
     taken = losses_of(store)
-    assert set(taken) == set(range(1, 241))
+    assert set(taken) == set(range(1, 161))
     assert all(len(values) == 1 for values in taken.values())  # of steps taken twice too
-    assert len(leases(store)) == 3
+    assert len(leases(store)) == 2
 
 
 def wait_for_end(stack, job):

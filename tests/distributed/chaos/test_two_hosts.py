@@ -62,13 +62,15 @@ def tessera(hosts, monkeypatch, tmp_path):
 
 
 def test_a_submitted_job_trains_on_both_hosts_and_is_left_stopped_and_resumed(hosts, tessera, monkeypatch):
+    import mlflow
+
     for name, value in hosts.s3.env().items():
         monkeypatch.setenv(name, value)
     data = f"s3://{hosts.s3.bucket}/digits"
     write_few_digits(data)
     there = ("--cluster", hosts.dashboard)
     settings = [*TINY, f"data.uri={data}", "data.mode=stream", "parallel.workers=2", "parallel.cpus_per_worker=2"]
-    submit = ("submit", "demo", *settings, "schedule.steps=360", "checkpoint.every=1000 steps", *there)
+    submit = ("submit", "demo", *settings, "schedule.steps=240", "checkpoint.every=1000 steps", *there)
 
     def ended(*words, code=0):
         process = tessera(*words)
@@ -88,12 +90,19 @@ def test_a_submitted_job_trains_on_both_hosts_and_is_left_stopped_and_resumed(ho
     ended("jobs", "stop", run, *there)
     told, _ = attached.communicate(timeout=60)
     assert attached.returncode not in (0, 2, 130), told
-    stopped = int(re.search(r"stopped after step (\d+) of 360", told)[1])
+    stopped = int(re.search(r"stopped after step (\d+) of 240", told)[1])
     assert f"{run}-01" in ended("jobs", "stop", run, *there, code=2)
+    store = Store(hosts.env["TESSERA_STORAGE"]).sub(run)
+    assert max(harness.losses_of(store)) == stopped, "the last step before the stop is in a checkpoint"
+    told = ended("jobs", "list", "--json", *there)
+    [listed] = [job for job in json.loads(told.splitlines()[-1])["jobs"] if job["run"] == run]
+    assert (listed["state"], listed["step"], listed["steps"]) == ("STOPPED", stopped, 240)
+    client = mlflow.MlflowClient(hosts.env["MLFLOW_TRACKING_URI"])
+    assert client.get_run(json.loads(store.get("state.json"))["mlflow_run"]).info.status == "KILLED"
 
     assert f"resumed from the checkpoint of step {stopped}" in ended("jobs", "retry", run, *there)
     assert f"{run}  finished" in ended(*submit)
-    assert sorted(harness.losses_of(Store(hosts.env["TESSERA_STORAGE"]).sub(run))) == list(range(1, 361))
+    assert sorted(harness.losses_of(store)) == list(range(1, 241))
 
 
 def test_the_doctor_tries_both_hosts_and_the_link_between_them(hosts, tessera):

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs import recipes
+from jobs.train import requirements
+from service import export, tracking
+from service.data.store import Store
+from service.models.encoder import build_encoder
 from tests.images import Stage, build, debian
+from tests.mlflow_server import mlflow_server
 
 ROOT = Path(__file__).parents[2]
 LIST = """
@@ -16,20 +22,10 @@ import importlib.metadata as metadata
 for each in metadata.distributions():
     print(each.name.lower().replace("_", "-").replace(".", "-") + "==" + each.version)
 """
-SERVE = """
+ASK = """
 import json, os, signal, subprocess, sys, time, urllib.error, urllib.request
-from pathlib import Path
-import mlflow
-from service import export
-from jobs import recipes
-from service.data.store import Store
-from service.models.encoder import build_encoder
 
-config = recipes.load("demo")
-encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
-export.write_encoder(Store("/tmp/encoder"), encoder, config)
-mlflow.pyfunc.save_model("/tmp/model", loader_module="service.export", data_path="/tmp/encoder", pip_requirements=[])
-server = subprocess.Popen([*sys.argv[1:], "/tmp/model"], start_new_session=True)
+server = subprocess.Popen(sys.argv[1:], start_new_session=True)
 try:
     while True:
         try:
@@ -40,8 +36,7 @@ try:
             time.sleep(0.5)
     body = json.dumps({"inputs": [[[[7, 7, 7]] * 32] * 32] * 2}).encode()
     asked = urllib.request.Request("http://127.0.0.1:8080/invocations", body, {"Content-Type": "application/json"})
-    features = json.load(urllib.request.urlopen(asked))["predictions"]
-    print(len(features), len(features[0]) == encoder.dim)
+    print(*map(len, json.load(urllib.request.urlopen(asked))["predictions"]))
 finally:
     os.killpg(server.pid, signal.SIGTERM)
     server.wait()
@@ -86,8 +81,16 @@ def test_mlflow_has_its_database_driver(base, tmp_path):
     stage.run("python", "-c", "import psycopg2, boto3")
 
 
-def test_an_encoder_answers_over_http(base, tmp_path):
+def test_a_registered_encoder_answers_over_http(base, tmp_path):
+    config = recipes.load("demo")
+    encoder = build_encoder(image_size=config.data.image_size, **config.family.encoder_options())
+    export.write_encoder(Store(tmp_path / "encoder"), encoder, config)
     stage = _built("serve", base, tmp_path)
-    assert stage.run("python", "-c", SERVE, *stage.entrypoint).splitlines()[-1] == "2 True"
+    with mlflow_server(tmp_path) as server:
+        run = tracking.create_run(server.uri, "tests", "demo-1", config, {})
+        tracking.register_encoder(server.uri, run, "demo", tmp_path / "encoder", {}, requirements())
+        stage.env["MLFLOW_TRACKING_URI"] = server.uri
+        answer = stage.run("python", "-c", ASK, *stage.entrypoint, *stage.command)
+    assert answer.splitlines()[-1] == f"{encoder.dim} {encoder.dim}"
     installed = {line.split("==")[0] for line in stage.run("python", "-c", LIST).split()}
     assert not installed & {"ray", "pytest", "ruff", "pyright", "uv"}

@@ -368,6 +368,7 @@ def test_a_package_above_ray_s_limit_goes_through_the_storage_of_runs(stack, tmp
     assert "\ns3://runs/packages/" in done.stdout
 
 
+@pytest.mark.slow  # a minute and more
 def test_a_bundle_runs_by_its_own_readme_where_nothing_else_is(stack, tessera, digits, tmp_path):
     made = [*TINY, f"data.uri={digits}", "schedule.steps=2", "seed=12"]
     wrote = json.loads(tessera("package", "demo", *made, "-o", tmp_path / "bundle", "--json"))

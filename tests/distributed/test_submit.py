@@ -351,7 +351,8 @@ submit.RAY_LIMIT = 0
 profile = profiles.resolve("local")
 built = package.write(package.collect(), {"note.txt": b"from storage"}, Path(sys.argv[1]) / "package.zip")
 with submit.job_client(profile) as client:
-    entrypoint = "cat note.txt; python -c 'from jobs import package; print(package.code_hash(), package.commit())'"
+    told = 'print(open("note.txt").read(), package.code_hash(), package.commit())'  # whole lines: Ray logs there too
+    entrypoint = f"python -c 'from jobs import package; {told}'"
     submit.launch(client, profile, built, "from-storage", entrypoint, {}, {"note": "none"})
     code = submit.follow(client, "from-storage", print)
     print(client.get_job_info("from-storage").runtime_env["working_dir"])
@@ -364,7 +365,7 @@ def test_a_package_above_ray_s_limit_goes_through_the_storage_of_runs(stack, tmp
         [sys.executable, "-c", FROM_STORAGE, tmp_path], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"from storage{package.code_hash()} {package.commit()}" in done.stdout
+    assert f"from storage {package.code_hash()} {package.commit()}\n" in done.stdout
     assert "\ns3://runs/packages/" in done.stdout
 
 

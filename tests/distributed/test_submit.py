@@ -150,7 +150,7 @@ def wait_until(condition, seconds=120):
 
 def test_a_job_whose_driver_was_killed_goes_on(stack, tessera, digits):
     """What that changes of the losses, the chaos suite tells; how a job is stopped, the test on two hosts."""
-    settings = [*SMALL, "schedule.steps=160", "checkpoint.every=10 steps", "compute.deterministic=true"]
+    settings = [*SMALL, "schedule.steps=240", "checkpoint.every=10 steps", "compute.deterministic=true"]
     command = ["submit", "demo", *settings, f"data.uri={digits}", "seed=2"]
     started = json.loads(tessera(*command, "--no-follow", "--json"))
     store = runs(stack, started["run"])
@@ -168,9 +168,9 @@ def test_a_job_whose_driver_was_killed_goes_on(stack, tessera, digits):
     assert (retried["run"], retried["state"], retried["package"]) == (started["run"], "resumed", started["package"])
     resumed = json.loads(tessera("jobs", "attach", started["run"], "--json").splitlines()[-1])
     assert resumed["run"] == started["run"]
-    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 160
+    assert resumed["resumed_from"] >= 20 and resumed["steps"] == 240
     taken = losses_of(store)
-    assert set(taken) == set(range(1, 161))
+    assert set(taken) == set(range(1, 241))
     assert all(len(values) == 1 for values in taken.values())  # of steps taken twice too
     assert len(leases(store)) == 2
 
